@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv; nothing has to be installed before but Python 3.10 or newer and make.
+PYTHON ?= python3
+# A pinned build, so that a CPU machine does not fetch several GB of CUDA libraries. The package itself takes a range.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: quickstart test check style clean
+
+.venv/base: pyproject.toml setup.cfg
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[examples]"
+	@touch $@
+
+.venv/dev: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
+	@touch $@
+
+quickstart: .venv/base  ## train and use an adapter on the small pair, offline, in minutes
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/dev  ## the whole test suite, network off, warnings as errors
+	$(BIN)/python -m pytest -n $(JOBS)
+
+check: .venv/dev  ## format, lint and types, as the pre-commit hooks run them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+style: .venv/dev  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,15 @@
+"""SoftCoT (arXiv 2502.12134) as a PEFT method. Importing this package registers the method with PEFT."""
+
+from ._register import add_peft_type, register
+
+add_peft_type()  # the config's `peft_type` is this member
+
+from ._version import __version__  # noqa: E402
+from .assistant import use_assistant  # noqa: E402
+from .chat_template import with_thought_tokens  # noqa: E402
+from .config import SoftCoTConfig  # noqa: E402
+from .model import SoftCoTModel  # noqa: E402
+
+register(SoftCoTConfig, SoftCoTModel)
+
+__all__ = ["SoftCoTConfig", "SoftCoTModel", "__version__", "use_assistant", "with_thought_tokens"]

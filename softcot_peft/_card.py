@@ -1,0 +1,39 @@
+"""The paragraph of a saved model card that says how to load the adapter. Knows nothing about models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HEADING = "## Loading this SoftCoT adapter"
+
+
+def write_usage(folder: str, base: str | None, assistant: str | None) -> None:
+    """Add the loading paragraph to the model card in a folder, once; make the card if there is none.
+
+    Args:
+        folder: The adapter's folder.
+        base: Hub id or folder of the base.
+        assistant: Hub id, folder or given name of the assistant.
+    """
+    card = Path(folder) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
+    if _HEADING in text:
+        return
+    usage = f"""
+{_HEADING}
+
+`pip install softcot-peft`, then import it before the adapter is loaded; without the import PEFT does not know the
+method and raises `KeyError: 'SOFTCOT'`.
+
+```python
+import softcot_peft  # registers the method
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base or "the base model"!r})
+model = PeftModel.from_pretrained(base, "this repository or folder")
+```
+
+The frozen assistant is `{assistant}`.
+"""
+    card.write_text(text.rstrip("\n") + "\n" + usage, encoding="utf-8")

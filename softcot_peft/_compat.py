@@ -1,0 +1,92 @@
+"""What differs between models and between versions of transformers, each with its reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+# Names under which models take their cache: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23).
+CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+
+# Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
+PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
+
+
+def check_decoder_lm(config: PretrainedConfig, what: str, remedy: str) -> None:
+    """Refuse a config whose model is not a decoder language model.
+
+    Args:
+        config: Config of the model.
+        what: What the model is, for the message.
+        remedy: What to do, for the message.
+
+    Raises:
+        ValueError: It is an encoder-decoder, an encoder, or no language model.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder"
+    elif type(config) not in AutoModelForCausalLM._model_mapping and type(text_config) not in (
+        AutoModelForCausalLM._model_mapping
+    ):
+        kind = "no causal LM known to transformers"
+    # Encoders that can also be decoders (BERT and its kin) carry this field; decoders do not have it (transformers 5).
+    elif not getattr(text_config, "is_decoder", True):
+        kind = "an encoder"
+    else:
+        return
+    raise ValueError(f"{what} must be a decoder LM, but its type {config.model_type!r} is {kind}. {remedy}")
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """Width of a causal LM's last hidden states: what its head reads.
+
+    `config.hidden_size` is not it everywhere (OPT-350M projects to another width before its head).
+
+    Raises:
+        ValueError: The model has no language-modelling head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"The assistant must be a causal LM with its head, got {type(model).__name__}. Load it with "
+            "`AutoModelForCausalLM`."
+        )
+    return int(getattr(head, "in_features", None) or head.weight.shape[-1])
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens the model has positions for; `None` where the config names no limit."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def commit_of(config: PretrainedConfig) -> str | None:
+    """The Hub commit a config came from; `None` for folders. Private in transformers, and its only record (5.23)."""
+    commit = getattr(config, "_commit_hash", None)
+    return commit if isinstance(commit, str) else None
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a model's forward names an argument."""
+    return name in inspect.signature(function).parameters
+
+
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the forward's arguments in order, so that positional ones can be told apart."""
+    return tuple(inspect.signature(type(model).forward).parameters)[1:]
+
+
+def find_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments or outputs; `None` where there is none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def cache_length(cache: Any) -> int:
+    """Tokens held by a cache; 0 for none, and for those of state-space models that cannot tell."""
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return int(length) if isinstance(length, (int, Tensor)) else 0

@@ -1,0 +1,137 @@
+"""The base's input embedding, wrapped: looks tokens up as before and writes soft thoughts over the thought positions."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .projection import ThoughtProjection
+from .reader import PromptReader
+
+
+@dataclass(frozen=True)
+class Writing:
+    """The soft thoughts that one forward pass of a base writes into its embeddings.
+
+    Args:
+        layer: The layer that writes.
+        thoughts: `(B, N, H_base)`.
+        start: Column of the first thought within this pass, `(B,)`; negative when earlier columns were passed before.
+        shape: Shape `(B, L)` of the ids that carry them; ids of another shape are looked up as they are.
+    """
+
+    layer: SoftCoTLayer
+    thoughts: Tensor
+    start: Tensor
+    shape: torch.Size
+
+
+# Per thread, so that threads can share a model.
+WRITING: ContextVar[Writing | None] = ContextVar("softcot_writing", default=None)
+
+
+class SoftCoTLayer(nn.Module, BaseTunerLayer):
+    """Input embedding of a base with the projections of its SoftCoT adapters.
+
+    Args:
+        base_layer: The input embedding, ids `(B, L)` to `(B, L, H_base)`.
+    """
+
+    adapter_layer_names = ("softcot_projection",)
+    other_param_names = ("softcot_reader",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.softcot_projection = nn.ModuleDict()
+        # Not modules: PEFT saves, casts and counts every child of a tuner layer, and the assistant hangs on these.
+        self.softcot_reader: dict[str, PromptReader] = {}
+        self._active_adapter = []
+        self.merged_adapters = []
+
+    @property
+    def base_hidden_size(self) -> int:
+        """Width of the base's input embeddings."""
+        return int(self.weight.shape[-1])
+
+    def update_layer(self, adapter_name: str, reader: PromptReader) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Its name.
+            reader: Makes the assistant's input for it.
+        """
+        config = reader.config
+        self.softcot_projection[adapter_name] = ThoughtProjection(
+            reader.assistant.hidden_size, self.base_hidden_size, config.init_weights
+        )
+        self.softcot_reader[adapter_name] = reader
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
+
+    def active_reader(self) -> PromptReader | None:
+        """The reader of the active adapter; `None` when adapters are disabled or there is none.
+
+        Raises:
+            ValueError: Several adapters are active.
+        """
+        names = self.active_adapters
+        if self.disable_adapters or not names:
+            return None
+        if len(names) > 1:
+            raise ValueError(
+                f"One SoftCoT adapter can be active at a time, got {names}. Choose one with `set_adapter`."
+            )
+        return self.softcot_reader[names[0]]
+
+    def soft_thoughts(self, hidden: Tensor) -> Tensor:
+        """Project the assistant's hidden states `(B, N, H_assistant)` with the active adapter to `(B, N, H_base)`."""
+        projected: Tensor = self.softcot_projection[self.active_adapters[0]](hidden)
+        return projected
+
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Look ids up, then write the soft thoughts of the running forward pass, if any, out of place.
+
+        Args:
+            input_ids: `(B, L)` int64.
+
+        Returns:
+            `(B, L, H_base)` in the base's dtype.
+        """
+        embeddings: Tensor = self.base_layer(input_ids, *args, **kwargs)
+        writing = WRITING.get()
+        if writing is None or writing.layer is not self or input_ids.shape != writing.shape:
+            return embeddings
+        return write_thoughts(embeddings, writing.thoughts, writing.start)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """SoftCoT cannot be merged; see `SoftCoTModel.merge_and_unload`."""
+        raise ValueError(
+            "A SoftCoT adapter cannot be merged into the base; use `unload()` to get the plain base back."
+        )
+
+    def __repr__(self) -> str:
+        return "softcot." + super().__repr__()
+
+
+def write_thoughts(embeddings: Tensor, thoughts: Tensor, start: Tensor) -> Tensor:
+    """Replace the embeddings at the thought positions, out of place.
+
+    Args:
+        embeddings: `(B, L, H)`.
+        thoughts: `(B, N, H)`, of any dtype and device.
+        start: Column of the first thought, `(B,)`; may be negative or beyond L, when thoughts lie partly outside.
+
+    Returns:
+        `(B, L, H)` in the embeddings' dtype.
+    """
+    thoughts = thoughts.to(embeddings)
+    columns = torch.arange(embeddings.shape[1], device=embeddings.device)
+    offset = columns - start.to(embeddings.device)[:, None]  # (B, L)
+    inside = (offset >= 0) & (offset < thoughts.shape[1])
+    index = offset.clamp(0, thoughts.shape[1] - 1)[..., None].expand(-1, -1, thoughts.shape[2])
+    return torch.where(inside[..., None], thoughts.gather(1, index), embeddings)

@@ -1,0 +1,167 @@
+"""Wires SoftCoT into PEFT: finds the embedding, checks that adapter, assistant and base fit, installs the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ._compat import check_decoder_lm
+from ._version import __version__
+from .assistant import find_assistant
+from .config import SoftCoTConfig
+from .hooks import ThoughtHooks
+from .layer import SoftCoTLayer
+from .reader import make_reader
+
+_HOOKS = "softcot_hooks"  # attribute of the base that holds its hooks
+
+
+class SoftCoTModel(BaseTuner):
+    """Adds soft thoughts of a frozen assistant to a frozen base LM (arXiv 2502.12134).
+
+    Made by [`~peft.get_peft_model`], [`~peft.PeftModel.from_pretrained`] and transformers' `load_adapter`.
+
+    Args:
+        model: The base, a decoder LM of transformers.
+        peft_config: The adapter's [`SoftCoTConfig`], or a dict of them by adapter name.
+        adapter_name: The adapter's name.
+        low_cpu_mem_usage: Make the projection on the meta device, to be filled by loading.
+
+    Raises:
+        TypeError: The base is not a transformers model.
+        ValueError: Base, assistant and adapter do not fit together.
+    """
+
+    prefix: str = "softcot_"
+    tuner_layer_cls = SoftCoTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # The following override private methods of BaseTuner, its way of being subclassed (peft 0.21).
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config  # no target modules to choose
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"The base must be a transformers model, got {type(model).__name__}.")
+        check_decoder_lm(model.config, "The base", "SoftCoT works on models of `AutoModelForCausalLM`.")
+        embedding = model.get_input_embeddings()
+        self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key == self._embedding_name
+
+    def _create_and_replace(
+        self,
+        peft_config: SoftCoTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assistant = find_assistant(
+            str(peft_config.assistant_model_name_or_path), peft_config.assistant_revision, peft_config.assistant_dtype
+        )
+        layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(target)
+        _check_sizes(peft_config, assistant.hidden_size, layer.base_hidden_size)
+        reader = make_reader(peft_config, assistant, self.model.name_or_path)
+        layer.update_layer(adapter_name, reader)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            layer.softcot_projection[adapter_name].to(layer.weight.device)
+        if _HOOKS not in self.model.__dict__:
+            setattr(self.model, _HOOKS, ThoughtHooks(self.model, layer))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Made in float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
+        if not autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, SoftCoTLayer):
+                    module.softcot_projection[adapter_name].to(module.weight.dtype)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A SoftCoT adapter cannot be merged: its thoughts depend on the prompt, so no change of the base's weights "
+            "equals them. Keep the adapter loaded (`save_pretrained` writes a few MB), or call `unload()` to get the plain "
+            "base back."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        base.__dict__.pop(_HOOKS).remove()
+        return base
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops `adapter_names` before the base sees it.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the rows of "
+                "each adapter as a batch of their own."
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # Called by every way of saving, before the config is written: what it takes to load the adapter years later.
+        layer = _softcot_layer(model)
+        assistant = layer.softcot_reader[adapter_name].assistant
+        config.assistant_hidden_size = assistant.hidden_size
+        config.base_hidden_size = layer.base_hidden_size
+        config.assistant_revision = assistant.revision
+        config.softcot_peft_version = __version__
+        weights: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return weights
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        projection = _softcot_layer(model).softcot_projection[adapter_name]
+        for key, weight in state_dict.items():
+            if key.endswith("softcot_projection.weight") and weight.shape != projection.weight.shape:
+                raise ValueError(_misfit(weight.shape[1], weight.shape[0], *reversed(projection.weight.shape)))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+
+def _softcot_layer(model: nn.Module) -> SoftCoTLayer:
+    """The wrapped embedding of a model."""
+    return next(module for module in model.modules() if isinstance(module, SoftCoTLayer))
+
+
+def _check_sizes(config: SoftCoTConfig, assistant_size: int, base_size: int) -> None:
+    """Refuse an adapter that was trained for other sizes."""
+    trained = (config.assistant_hidden_size or assistant_size, config.base_hidden_size or base_size)
+    if trained != (assistant_size, base_size):
+        raise ValueError(_misfit(*trained, assistant_size, base_size))
+
+
+def _misfit(trained_assistant: int, trained_base: int, assistant_size: int, base_size: int) -> str:
+    return (
+        f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size {trained_base}, "
+        f"but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it was trained for: the "
+        "adapter's `base_model_name_or_path` and `assistant_model_name_or_path`."
+    )

@@ -1,0 +1,398 @@
+"""Where thoughts go and how outputs are put back, as pure tensor functions.
+
+Two coordinate systems meet here. The *caller's* columns are the tokens the caller knows, L of them. The *placed* columns
+are what the base sees: the same tokens with N thought positions before column `start`. Where the prompt holds the run of
+thought tokens itself, the two are the same. Nothing here knows models, adapters or tokenizers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that transformers' losses skip
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the thoughts of a batch stand.
+
+    Args:
+        start: Column of the first thought, per row, `(B,)` int64. The same number in both coordinate systems.
+        num_thoughts: N.
+        inserted: Whether the thought positions are added to the caller's columns (automatic placement) or are already
+            among them (a run of thought tokens).
+        attention_mask: The caller's mask `(B, L)`, or `None` where every token is attended.
+        padded: Whether any token is not attended.
+        latest: The largest `start`, on the host.
+    """
+
+    start: Tensor
+    num_thoughts: int
+    inserted: bool
+    attention_mask: Tensor | None
+    padded: bool
+    latest: int
+
+    @property
+    def num_inserted(self) -> int:
+        """How many columns the base sees beyond the caller's: N or 0."""
+        return self.num_thoughts if self.inserted else 0
+
+    def expand(self, rows: int) -> Placement:
+        """Repeat every row for its beams or returned sequences.
+
+        Args:
+            rows: Number of rows wanted, a multiple of B; the copies of a row stand next to each other.
+        """
+        times = rows // self.start.shape[0]
+        if times == 1:
+            return self
+        mask = self.attention_mask
+        return replace(
+            self,
+            start=self.start.repeat_interleave(times),
+            attention_mask=None if mask is None else mask.repeat_interleave(times, dim=0),
+        )
+
+
+def locate(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    num_thoughts: int,
+    thought_token_id: int | None = None,
+    run_required: bool = False,
+) -> Placement:
+    """Find where the thoughts of every row go.
+
+    A run of the thought token in the prompt says so itself, and its length is N. Otherwise the thoughts follow the
+    prompt: they stand before the first label that is not -100 when labels are given, else after the last attended token.
+    All checks of the batch are read from the device together, once.
+
+    Args:
+        input_ids: `(B, L)` int64, padded on either side; `None` when the caller passes embeddings.
+        attention_mask: `(B, L)`, 1 = attended. `None`: all.
+        labels: `(B, L)`, -100 = not predicted. `None` when there are none.
+        num_thoughts: N for automatic placement.
+        thought_token_id: Id of the thought token; `None`: automatic placement only.
+        run_required: Whether a prompt without the run is refused.
+
+    Returns:
+        The placement; `start` is a column of the caller's.
+
+    Raises:
+        ValueError: Rows disagree, a run is broken or stands after the first label, a row has no label or no prompt, the
+            mask is not a plain padding mask, or a required run is missing.
+    """
+    reference = next(tensor for tensor in (input_ids, attention_mask, labels) if tensor is not None)
+    length = reference.shape[1]
+    columns = torch.arange(length, device=reference.device)
+    attended = torch.ones_like(reference, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+
+    if input_ids is None or thought_token_id is None:
+        is_thought = torch.zeros_like(attended)
+    else:
+        is_thought = (input_ids == thought_token_id) & attended
+    counts = is_thought.sum(1)
+    run_start = torch.where(is_thought, columns, length).amin(1)
+    run_end = torch.where(is_thought, columns, -1).amax(1) + 1
+
+    if labels is None:
+        first_label = torch.full_like(counts, length)
+        prompt_end = torch.where(attended, columns, -1).amax(1) + 1
+    else:
+        first_label = torch.where(labels != IGNORED, columns, length).amin(1)
+        prompt_end = first_label
+
+    uses_run = counts.amax() > 0
+    start = torch.where(uses_run, run_start, prompt_end)
+    checks = {
+        "counts": (counts != counts[0]).any(),
+        "broken": uses_run & (run_end - run_start != counts).any(),
+        "late": uses_run & (run_end > first_label).any(),
+        "unlabelled": ~uses_run & (first_label == length).any() if labels is not None else uses_run & False,
+        "promptless": ~(attended & (columns < start[:, None])).any(1).all(),
+        "mask": (attention_mask > 1).any() if attention_mask is not None else uses_run & False,
+    }
+    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax()]
+    *failed, num_run, padded, latest = torch.stack([fact.long() for fact in facts]).tolist()
+    for name, fails in zip(checks, failed, strict=True):
+        if fails:
+            raise ValueError(
+                _explain(name, counts, run_start, run_end, first_label, attended & (columns < start[:, None]))
+            )
+    if run_required and not num_run:
+        raise ValueError(
+            "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. The "
+            "adapter was trained with the run in the prompt: write it there, or let the tokenizer of "
+            "`with_thought_tokens` do it."
+        )
+    return Placement(start, num_run or num_thoughts, not num_run, attention_mask, bool(padded), latest)
+
+
+def _explain(
+    name: str, counts: Tensor, run_start: Tensor, run_end: Tensor, first_label: Tensor, prompt: Tensor
+) -> str:
+    """The message for a failed check of `locate`, naming the first row at fault."""
+
+    def first(rows: Tensor) -> int:
+        return int(rows.int().argmax())
+
+    if name == "counts":
+        return (
+            "Every row must hold the same number of thought tokens, got "
+            f"{counts.tolist()} by row. Write the same run into every prompt of a batch, or group prompts by their run."
+        )
+    if name == "broken":
+        row = first(run_end - run_start != counts)
+        return (
+            f"The thought tokens of a row must stand next to each other, but row {row} has {int(counts[row])} of them "
+            f"between columns {int(run_start[row])} and {int(run_end[row]) - 1}. Write one unbroken run; if the token "
+            "also occurs elsewhere (as padding, pass `attention_mask`), choose another `thought_token`."
+        )
+    if name == "late":
+        row = first(run_end > first_label)
+        return (
+            f"Thought tokens must stand before the first label that is not {IGNORED}, but row {row} has one in column "
+            f"{int(run_end[row]) - 1} and its first label in column {int(first_label[row])}. Label the response only, "
+            f"and choose a `thought_token` that no response contains."
+        )
+    if name == "unlabelled":
+        row = first(first_label == prompt.shape[1])
+        return (
+            f"Every row of `labels` needs at least one label that is not {IGNORED}, since thoughts stand before the "
+            f"first one; row {row} has none. Drop such rows, or truncate less of the response."
+        )
+    if name == "promptless":
+        row = first(~prompt.any(1))
+        return (
+            f"Every row needs a prompt before its thoughts, but row {row} has no attended token there. Set the labels of "
+            f"the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
+        )
+    return (
+        "`attention_mask` must hold 0 and 1 only, found larger values. Packed batches cannot carry thoughts; turn packing "
+        "off."
+    )
+
+
+def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Refuse rows that hold several sequences.
+
+    Args:
+        position_ids: `(B, L)` or more leading dimensions, or `None`.
+        attention_mask: `(B, L)`, or `None` where every token is attended.
+
+    Raises:
+        ValueError: Positions start again within the attended part of a row.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return
+    restarts = position_ids[..., 1:] < position_ids[..., :-1]
+    if attention_mask is not None:
+        restarts = restarts & (attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] != 0)
+    if restarts.any():
+        raise ValueError(
+            "`position_ids` must rise along each row, but they start again within one: packed or padding-free batches "
+            "cannot carry thoughts, since a row has one place for them. Turn `packing` and `padding_free` off."
+        )
+
+
+# From the caller's columns to the placed ones
+
+
+def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor) -> Tensor:
+    """Insert columns into every row.
+
+    Args:
+        values: `(B, L)` or `(B, L, H)`.
+        start: Column of the first inserted one, per row, `(B,)`.
+        num: How many.
+        fill: What they hold: a number, or `(B, num, H)`.
+
+    Returns:
+        `(B, L + num)` or `(B, L + num, H)`.
+    """
+    columns = torch.arange(values.shape[1] + num, device=values.device)
+    offset = columns - start.to(values.device)[:, None]  # (B, L + num)
+    source = torch.where(offset >= num, columns - num, columns).clamp(0, max(values.shape[1] - 1, 0))
+    inside = (offset >= 0) & (offset < num)
+    taken = take(values, source)
+    if isinstance(fill, Tensor):
+        return torch.where(inside[..., None], take(fill, offset.clamp(0, num - 1)), taken)
+    return taken.masked_fill(inside, fill)
+
+
+def take(values: Tensor, columns: Tensor) -> Tensor:
+    """Pick columns of every row: `values[b, columns[b, t]]`.
+
+    Args:
+        values: `(B, L, ...)`.
+        columns: `(B, T)` int64.
+
+    Returns:
+        `(B, T, ...)`.
+    """
+    rows = torch.arange(values.shape[0], device=values.device)[:, None] * values.shape[1]
+    picked = values.flatten(0, 1).index_select(0, (rows + columns.to(values.device)).flatten())
+    return picked.unflatten(0, columns.shape)
+
+
+def insert_positions(position_ids: Tensor, start: Tensor, num: int) -> Tensor:
+    """Give inserted columns the positions that follow, and move the later ones up.
+
+    Args:
+        position_ids: `(..., B or 1, L)`.
+        start: `(B,)`, at least 1.
+        num: How many columns are inserted.
+
+    Returns:
+        `(..., B, L + num)`.
+    """
+    position_ids = position_ids.expand(*position_ids.shape[:-2], start.shape[0], -1)
+    length = position_ids.shape[-1]
+    columns = torch.arange(length + num, device=position_ids.device)
+    offset = columns - start.to(position_ids.device)[:, None]  # (B, L + num)
+    source = torch.where(offset >= 0, (columns - num).maximum(start.to(columns.device)[:, None] - 1), columns)
+    shift = (offset + 1).clamp(0, num)
+    return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1)) + shift
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids that count attended tokens, as transformers' `generate` makes them: `(B, L)` to `(B, L)`."""
+    counted = attention_mask.long().cumsum(-1) - 1
+    return counted.masked_fill(attention_mask == 0, 0)
+
+
+def trailing(attention_mask: Tensor) -> Tensor:
+    """How many columns follow the last attended one, per row: `(B, L)` to `(B,)`."""
+    return attention_mask.flip(1).ne(0).int().argmax(1)
+
+
+def align_left(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """Roll every row so that its last attended token comes last, as left padding has it.
+
+    Args:
+        values: `(B, L, ...)`.
+        attention_mask: `(B, L)`.
+    """
+    length = values.shape[1]
+    columns = torch.arange(length, device=values.device)
+    return take(values, (columns - trailing(attention_mask).to(values.device)[:, None]) % length)
+
+
+def prompts(input_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    """What the assistant may see: the attended tokens before the thoughts.
+
+    Args:
+        input_ids: `(B, L)`.
+        placement: Where the thoughts stand.
+
+    Returns:
+        Ids `(B, P)` and mask `(B, P)` with the prompts' ends in the last column; P is the longest prompt's span.
+    """
+    start = placement.start.to(input_ids.device)
+    columns = torch.arange(-placement.latest, 0, device=input_ids.device) + start[:, None]  # (B, P)
+    mask = columns >= 0
+    columns = columns.clamp(min=0)
+    if placement.attention_mask is not None:
+        mask = mask & take(placement.attention_mask, columns).to(mask.device).bool()
+    return take(input_ids, columns), mask.long()
+
+
+# From the placed columns back to the caller's
+
+
+def restore(output: _T, placement: Placement, length: int, kept: Tensor | None = None, last_row: bool = False) -> _T:
+    """Put everything per-token in a model's output back in line with the caller's tokens.
+
+    The row of the last prompt token becomes the row of the last thought, which predicts the first response token; the
+    other thought rows go. Key columns of attentions at thought positions go too.
+
+    Args:
+        output: A `ModelOutput`, tuple or dict of the base.
+        placement: Where the thoughts stood; `inserted` must be true.
+        length: L, the caller's columns in this call.
+        kept: Columns `(K,)` of the caller's whose logits were asked for (`logits_to_keep`), when the base returned the
+            placed columns `[kept, kept + N]`.
+        last_row: Whether the logits are those of the last rows alone, which need no change.
+
+    Returns:
+        The same type of output.
+    """
+    num, start = placement.num_thoughts, placement.start
+    columns = torch.arange(length, device=start.device)
+    rows = columns + num * (columns >= start[:, None] - 1)  # (B, L): the placed row of each token
+    keys = columns + num * (columns >= start[:, None])  # (B, L): the placed column of each token itself
+    batch, placed = start.shape[0], length + num
+    logits_to_come = last_row or kept is not None
+
+    def change(tensor: Tensor) -> Tensor:
+        nonlocal logits_to_come
+        shape = tensor.shape
+        if logits_to_come and tensor.dim() == 3:  # the first of three dimensions in every causal LM's output
+            logits_to_come = False
+            if kept is None:
+                return tensor
+            late = kept.to(start.device) >= start[:, None] - 1  # (B, K)
+            return take(tensor, torch.arange(kept.shape[0], device=start.device) + late * kept.shape[0])
+        if tensor.dim() == 4 and shape[0] == batch and shape[2] == placed:  # attentions (B, heads, query, key)
+            queries = take(tensor.transpose(1, 2), rows)
+            return _take_keys(queries.transpose(1, 2), keys, placed)
+        if tensor.dim() >= 2 and shape[0] == batch and shape[1] == placed:
+            return take(tensor, rows)
+        if tensor.dim() >= 2 and shape[0] == batch and shape[1] == placed - 1:  # already shifted against the labels
+            return take(tensor, rows[:, :-1])
+        if tensor.dim() >= 2 and shape[0] == batch * placed:  # routers of mixtures of experts (B * L, experts)
+            return take(tensor.unflatten(0, (batch, placed)), rows).flatten(0, 1)
+        return tensor
+
+    return _map_tensors(output, change)
+
+
+def restore_keys(output: _T, placement: Placement) -> _T:
+    """Drop thought positions from the key columns of attentions in a decoding step's output.
+
+    Args:
+        output: The output of a step in which the base saw no thought positions but attended to earlier ones.
+        placement: Where the thoughts stand; `inserted` must be true.
+    """
+    num, start = placement.num_thoughts, placement.start
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 4 or tensor.shape[0] != start.shape[0]:
+            return tensor
+        columns = torch.arange(tensor.shape[3] - num, device=start.device)
+        return _take_keys(tensor, columns + num * (columns >= start[:, None]), tensor.shape[3])
+
+    return _map_tensors(output, change)
+
+
+def _take_keys(attentions: Tensor, keys: Tensor, placed: int) -> Tensor:
+    """Pick key columns of `(B, heads, query, key)` attentions; key columns beyond the placed ones stay."""
+    keys = keys.to(attentions.device)
+    beyond = torch.arange(placed, attentions.shape[3], device=keys.device).expand(keys.shape[0], -1)
+    keys = torch.cat([keys, beyond], dim=1)
+    index = keys[:, None, None].expand(-1, attentions.shape[1], attentions.shape[2], -1)
+    return attentions.gather(3, index)
+
+
+def _map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a nested output; caches and other objects stay as they are."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, dict):  # ModelOutput is one
+        changed = copy.copy(output)
+        for key, value in output.items():
+            changed[key] = _map_tensors(value, change)
+        return changed
+    if isinstance(output, (tuple, list)):
+        return type(output)(_map_tensors(value, change) for value in output)
+    return output

@@ -1,0 +1,97 @@
+"""SoftCoT written straight from the equations: one row at a time, everything recomputed at every token.
+
+    t = Assistant([prompt; thought token x N]).hidden[-1][thought positions]
+    s = W t + b
+    next token = argmax Base([embed(before); s; embed(after)])
+
+It uses models loaded anew from their folders and shares no code with the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@dataclass
+class Oracle:
+    """A base, an assistant and a projection; `num` soft thoughts.
+
+    Args:
+        base_folder: Folder of the base and its tokenizer.
+        assistant_folder: Folder of the assistant and its tokenizer.
+        weight: W, `(H_base, H_assistant)`.
+        bias: b, `(H_base,)`.
+        num: N.
+        same_ids: Whether the assistant reads the base's ids.
+    """
+
+    base_folder: Path
+    assistant_folder: Path
+    weight: Tensor
+    bias: Tensor
+    num: int
+    same_ids: bool = False
+
+    def __post_init__(self) -> None:
+        self.base = AutoModelForCausalLM.from_pretrained(self.base_folder).eval()
+        self.assistant = AutoModelForCausalLM.from_pretrained(self.assistant_folder).eval()
+        self.base_tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
+        self.assistant_tokenizer = AutoTokenizer.from_pretrained(self.assistant_folder)
+
+    @classmethod
+    def of(
+        cls, model: torch.nn.Module, base_folder: Path, assistant_folder: Path, num: int, same_ids: bool = False
+    ) -> Oracle:
+        """The oracle of an attached adapter: its projection's values, everything else anew."""
+        state = model.state_dict()
+        weight = next(v for k, v in state.items() if k.endswith("softcot_projection.default.weight"))
+        bias = next(v for k, v in state.items() if k.endswith("softcot_projection.default.bias"))
+        return cls(base_folder, assistant_folder, weight.clone(), bias.clone(), num, same_ids)
+
+    def assistant_ids(self, prompt: list[int]) -> list[int]:
+        """The assistant's ids for a prompt of the base, without the thought positions."""
+        if self.same_ids:
+            return prompt
+        text = self.base_tokenizer.decode(prompt, skip_special_tokens=True)
+        return list(self.assistant_tokenizer(text)["input_ids"])
+
+    def thoughts(self, prompt: list[int]) -> Tensor:
+        """`s = W t + b`, `(N, H_base)`."""
+        unk = self.assistant_tokenizer.unk_token_id
+        filler = unk if unk is not None else self.assistant_tokenizer.eos_token_id
+        ids = torch.tensor([self.assistant_ids(prompt) + [filler] * self.num])
+        hidden = self.assistant(ids, output_hidden_states=True).hidden_states[-1][0, -self.num :]
+        return hidden @ self.weight.T + self.bias
+
+    def logits(self, before: list[int], after: list[int], prompt: list[int] | None = None) -> Tensor:
+        """Logits of every placed position `(before + N + after, V)`; `prompt` is what the assistant reads."""
+        embed = self.base.get_input_embeddings()
+        pieces = [
+            embed(torch.tensor(before, dtype=torch.long)),
+            self.thoughts(before if prompt is None else prompt),
+            embed(torch.tensor(after, dtype=torch.long)),
+        ]
+        return self.base(inputs_embeds=torch.cat(pieces)[None], use_cache=False).logits[0]
+
+    @torch.no_grad()
+    def generate(self, before: list[int], new: int, after: list[int] | None = None) -> list[int]:
+        """Greedy new tokens, stopping after EOS."""
+        after, tokens = list(after or []), list[int]()
+        while len(tokens) < new:
+            token = int(self.logits(before, after + tokens)[-1].argmax())
+            tokens.append(token)
+            if token == self.base.config.eos_token_id:
+                break
+        return tokens
+
+    def loss(self, before: list[int], response: list[int], after: list[int] | None = None) -> Tensor:
+        """Mean NLL of the response, given prompt and thoughts."""
+        tail = list(after or []) + response
+        logits = self.logits(before, tail)
+        predicting = logits[-len(response) - 1 : -1]
+        return torch.nn.functional.cross_entropy(predicting, torch.tensor(response))
