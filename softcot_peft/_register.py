@@ -44,7 +44,7 @@ def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="softcot_")
     elif registered is not config_cls:
         warnings.warn(
-            f"PEFT already knows the method 'softcot' as {registered.__module__}.{registered.__name__}, which stays in "
-            "place. Adapters are loaded with it instead of with softcot-peft.",
+            f"PEFT already knows the method 'softcot' as {registered.__module__}.{registered.__name__}, which stays "
+            "in place. Adapters are loaded with it instead of with softcot-peft.",
             stacklevel=2,
         )

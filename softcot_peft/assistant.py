@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,7 +53,7 @@ class Assistant:
         self.revision = revision
         self.dtype = dtype
         self._given = model
-        self._backbone: PreTrainedModel | None = None if model is None else model.base_model
+        self._backbone = None if model is None else cast(PreTrainedModel, model.base_model)
         self._tokenizer = tokenizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Assistant:
@@ -82,8 +82,8 @@ class Assistant:
                 )
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it with "
-                    "`use_assistant(model, tokenizer, name=...)`."
+                    f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it "
+                    "with `use_assistant(model, tokenizer, name=...)`."
                 ) from error
         return self._tokenizer
 
@@ -93,20 +93,22 @@ class Assistant:
         Args:
             device: Where the base's embeddings are.
         """
-        if self._backbone is None:
-            model = AutoModelForCausalLM.from_pretrained(
+        backbone = self._backbone
+        if backbone is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
             )
-            self._backbone = model.base_model.requires_grad_(False)
-        if self._given is None and self._backbone.device != device:
-            self._backbone.to(device)
-        return self._backbone.eval()
+            backbone = self._backbone = cast(PreTrainedModel, model.base_model)
+            backbone.requires_grad_(False)
+        if self._given is None and backbone.device != device:
+            nn.Module.to(backbone, device)
+        return backbone.eval()
 
     @torch.no_grad()
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor, num_thoughts: int, device: torch.device
     ) -> Tensor:
-        """Read prompts that end in thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]` (section 3).
+        """Read prompts that end in thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]`.
 
         Args:
             input_ids: `(B, P + N)` int64, left-padded, the last N columns being the thought positions.
@@ -124,8 +126,8 @@ class Assistant:
         if limit is not None and input_ids.shape[1] > limit:
             raise ValueError(
                 f"Prompt and thoughts must fit into the assistant's {limit} positions, got "
-                f"{input_ids.shape[1] - num_thoughts} + {num_thoughts} tokens. Shorten the prompt or choose an assistant "
-                "with more positions."
+                f"{input_ids.shape[1] - num_thoughts} + {num_thoughts} tokens. Shorten the prompt or choose an "
+                "assistant with more positions."
             )
         model = self.backbone(device)
         arguments = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
@@ -160,16 +162,15 @@ def use_assistant(
         TypeError: The model is not a transformers model.
         ValueError: It is not a decoder LM, or has no name.
     """
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()  # its adapter layers stay inside
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"`model` must be a loaded transformers model, got {type(model).__name__}.")
-    name = name or model.name_or_path
+    loaded = model.get_base_model() if isinstance(model, PeftModel) else model  # its adapter layers stay inside
+    if not isinstance(loaded, PreTrainedModel):
+        raise TypeError(f"`model` must be a loaded transformers model, got {type(loaded).__name__}.")
+    name = name or loaded.name_or_path
     if not name:
         raise ValueError("`name` must be given, since the model has no `name_or_path`. Pass `name='my-assistant'`.")
-    check_decoder_lm(model.config, f"The assistant {name!r}", "Pass a causal LM.")
-    head_width(model)  # refuses a model without a head
-    _given[name] = Assistant(name, model.config, model=model, tokenizer=tokenizer)
+    check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.")
+    head_width(loaded)  # refuses a model without a head
+    _given[name] = Assistant(name, loaded.config, model=loaded, tokenizer=tokenizer)
     return name
 
 

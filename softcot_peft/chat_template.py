@@ -11,7 +11,7 @@ from .config import SoftCoTConfig
 
 _T = TypeVar("_T", bound=PreTrainedTokenizerBase)
 
-# Jinja: rebuild `messages` with the run at the end of the last user turn, then go on with the tokenizer's own template.
+# Jinja: rebuild `messages` with the run at the end of the last user turn, then go on with the tokenizer's template.
 _USER_TURN = """\
 {{%- set softcot_run = {token} * (num_thought_tokens | default({number})) -%}}
 {{%- set softcot = namespace(last=-1, messages=[]) -%}}
@@ -63,14 +63,14 @@ def with_thought_tokens(
         raise ValueError("`thought_token` must be set in the config, got None. Name a token of the base's vocabulary.")
     if tokenizer.chat_template is None:
         raise ValueError(
-            "`tokenizer` must have a chat template, got none. Set `tokenizer.chat_template`, or write the run into your "
-            "prompts yourself."
+            "`tokenizer` must have a chat template, got none. Set `tokenizer.chat_template`, or write the run into "
+            "your prompts yourself."
         )
     token_id = tokenizer.get_vocab().get(token)
     if token_id is None or tokenizer.encode("a" + token * 2, add_special_tokens=False)[-2:] != [token_id] * 2:
         raise ValueError(
-            f"`thought_token` must be one token of the tokenizer wherever it is written, but a run of {token!r} is not read "
-            "back as a run. Choose a special token."
+            f"`thought_token` must be one token of the tokenizer wherever it is written, but a run of {token!r} is "
+            "not read back as a run. Choose a special token."
         )
     values = {
         "token": "'" + token.replace("\\", "\\\\").replace("'", "\\'") + "'",

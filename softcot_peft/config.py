@@ -1,4 +1,4 @@
-"""`SoftCoTConfig`: what an adapter is, as data. Checks fields alone and against each other; no torch, no I/O but PEFT's."""
+"""`SoftCoTConfig`: what an adapter is, as data; its fields are checked alone and against each other. No torch."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ class SoftCoTConfig(PeftConfig):
             )
         if self.assistant_prompt is not None and self.assistant_shares_tokenizer:
             raise ValueError(
-                "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they are) "
-                "contradicts it. Leave one of the two at None."
+                "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
+                "are) contradicts it. Leave one of the two at None."
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The base's input embedding, wrapped: looks tokens up as before and writes soft thoughts over the thought positions."""
+"""The base's input embedding, wrapped: looks tokens up as before and writes soft thoughts over thought positions."""
 
 from __future__ import annotations
 
@@ -98,6 +98,8 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
         Args:
             input_ids: `(B, L)` int64.
+            *args: As the base's embedding takes them.
+            **kwargs: As the base's embedding takes them.
 
         Returns:
             `(B, L, H_base)` in the base's dtype.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -40,7 +40,7 @@ class SoftCoTModel(BaseTuner):
 
     prefix: str = "softcot_"
     tuner_layer_cls = SoftCoTLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # as BaseTuner declares it
 
     # The following override private methods of BaseTuner, its way of being subclassed (peft 0.21).
 
@@ -59,7 +59,7 @@ class SoftCoTModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SoftCoTConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -67,12 +67,12 @@ class SoftCoTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assistant = find_assistant(
-            str(peft_config.assistant_model_name_or_path), peft_config.assistant_revision, peft_config.assistant_dtype
-        )
+        config = cast(SoftCoTConfig, peft_config)
+        name = str(config.assistant_model_name_or_path)
+        assistant = find_assistant(name, config.assistant_revision, config.assistant_dtype)
         layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(target)
-        _check_sizes(peft_config, assistant.hidden_size, layer.base_hidden_size)
-        reader = make_reader(peft_config, assistant, self.model.name_or_path)
+        _check_sizes(config, assistant.hidden_size, layer.base_hidden_size)
+        reader = make_reader(config, assistant, self.model.name_or_path)
         layer.update_layer(adapter_name, reader)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -90,25 +90,31 @@ class SoftCoTModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "A SoftCoT adapter cannot be merged: its thoughts depend on the prompt, so no change of the base's weights "
-            "equals them. Keep the adapter loaded (`save_pretrained` writes a few MB), or call `unload()` to get the plain "
-            "base back."
+            "A SoftCoT adapter cannot be merged: its thoughts depend on the prompt, so no change of the base's "
+            "weights equals them. Keep the adapter loaded (`save_pretrained` writes a few MB), or call `unload()` to "
+            "get the plain base back."
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]  # peft annotates None and returns the base
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        base.__dict__.pop(_HOOKS).remove()
-        return base
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self.model.__dict__.pop(_HOOKS).remove()
+        return self.model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT drops `adapter_names` before the base sees it.
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the rows of "
-                "each adapter as a batch of their own."
+                "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the "
+                "rows of each adapter as a batch of their own."
             )
         yield
 
@@ -122,7 +128,7 @@ class SoftCoTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # Called by every way of saving, before the config is written: what it takes to load the adapter years later.
-        layer = _softcot_layer(model)
+        config, layer = cast(SoftCoTConfig, config), _softcot_layer(model)
         assistant = layer.softcot_reader[adapter_name].assistant
         config.assistant_hidden_size = assistant.hidden_size
         config.base_hidden_size = layer.base_hidden_size
@@ -137,10 +143,11 @@ class SoftCoTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        projection = _softcot_layer(model).softcot_projection[adapter_name]
+        layer = _softcot_layer(model)
+        assistant_size, base_size = layer.softcot_reader[adapter_name].assistant.hidden_size, layer.base_hidden_size
         for key, weight in state_dict.items():
-            if key.endswith("softcot_projection.weight") and weight.shape != projection.weight.shape:
-                raise ValueError(_misfit(weight.shape[1], weight.shape[0], *reversed(projection.weight.shape)))
+            if key.endswith("softcot_projection.weight") and weight.shape != (base_size, assistant_size):
+                raise ValueError(_misfit(weight.shape[1], weight.shape[0], assistant_size, base_size))
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -161,7 +168,7 @@ def _check_sizes(config: SoftCoTConfig, assistant_size: int, base_size: int) -> 
 
 def _misfit(trained_assistant: int, trained_base: int, assistant_size: int, base_size: int) -> str:
     return (
-        f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size {trained_base}, "
-        f"but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it was trained for: the "
-        "adapter's `base_model_name_or_path` and `assistant_model_name_or_path`."
+        f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size "
+        f"{trained_base}, but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it "
+        "was trained for: the adapter's `base_model_name_or_path` and `assistant_model_name_or_path`."
     )

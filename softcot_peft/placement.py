@@ -1,23 +1,15 @@
-"""Where thoughts go and how outputs are put back, as pure tensor functions.
-
-Two coordinate systems meet here. The *caller's* columns are the tokens the caller knows, L of them. The *placed* columns
-are what the base sees: the same tokens with N thought positions before column `start`. Where the prompt holds the run of
-thought tokens itself, the two are the same. Nothing here knows models, adapters or tokenizers.
-"""
+"""Where the thoughts of a batch go, as pure tensor functions. Knows no models, adapters or tokenizers."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that transformers' losses skip
+from .columns import take
 
-_T = TypeVar("_T")
+IGNORED = -100  # the label that transformers' losses skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,8 @@ def locate(
     """Find where the thoughts of every row go.
 
     A run of the thought token in the prompt says so itself, and its length is N. Otherwise the thoughts follow the
-    prompt: they stand before the first label that is not -100 when labels are given, else after the last attended token.
+    prompt: they stand before the first label that is not -100 when labels are given, else after the last attended
+    token.
     All checks of the batch are read from the device together, once.
 
     Args:
@@ -89,8 +82,8 @@ def locate(
         The placement; `start` is a column of the caller's.
 
     Raises:
-        ValueError: Rows disagree, a run is broken or stands after the first label, a row has no label or no prompt, the
-            mask is not a plain padding mask, or a required run is missing.
+        ValueError: Rows disagree, a run is broken or stands after the first label, a row has no label or no prompt,
+            the mask is not a plain padding mask, or a required run is missing.
     """
     reference = next(tensor for tensor in (input_ids, attention_mask, labels) if tensor is not None)
     length = reference.shape[1]
@@ -126,13 +119,12 @@ def locate(
     *failed, num_run, padded, latest = torch.stack([fact.long() for fact in facts]).tolist()
     for name, fails in zip(checks, failed, strict=True):
         if fails:
-            raise ValueError(
-                _explain(name, counts, run_start, run_end, first_label, attended & (columns < start[:, None]))
-            )
+            prompt = attended & (columns < start[:, None])
+            raise ValueError(_explain(name, counts, run_start, run_end, first_label, prompt))
     if run_required and not num_run:
         raise ValueError(
-            "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. The "
-            "adapter was trained with the run in the prompt: write it there, or let the tokenizer of "
+            "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. "
+            "The adapter was trained with the run in the prompt: write it there, or let the tokenizer of "
             "`with_thought_tokens` do it."
         )
     return Placement(start, num_run or num_thoughts, not num_run, attention_mask, bool(padded), latest)
@@ -148,8 +140,8 @@ def _explain(
 
     if name == "counts":
         return (
-            "Every row must hold the same number of thought tokens, got "
-            f"{counts.tolist()} by row. Write the same run into every prompt of a batch, or group prompts by their run."
+            f"Every row must hold the same number of thought tokens, got {counts.tolist()} by row. Write the same run "
+            "into every prompt of a batch, or group prompts by their run."
         )
     if name == "broken":
         row = first(run_end - run_start != counts)
@@ -174,12 +166,12 @@ def _explain(
     if name == "promptless":
         row = first(~prompt.any(1))
         return (
-            f"Every row needs a prompt before its thoughts, but row {row} has no attended token there. Set the labels of "
-            f"the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
+            f"Every row needs a prompt before its thoughts, but row {row} has no attended token there. Set the labels "
+            f"of the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
         )
     return (
-        "`attention_mask` must hold 0 and 1 only, found larger values. Packed batches cannot carry thoughts; turn packing "
-        "off."
+        "`attention_mask` must hold 0 and 1 only, found larger values. Packed batches cannot carry thoughts; turn "
+        "packing off."
     )
 
 
@@ -203,66 +195,6 @@ def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -
             "`position_ids` must rise along each row, but they start again within one: packed or padding-free batches "
             "cannot carry thoughts, since a row has one place for them. Turn `packing` and `padding_free` off."
         )
-
-
-# From the caller's columns to the placed ones
-
-
-def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor) -> Tensor:
-    """Insert columns into every row.
-
-    Args:
-        values: `(B, L)` or `(B, L, H)`.
-        start: Column of the first inserted one, per row, `(B,)`.
-        num: How many.
-        fill: What they hold: a number, or `(B, num, H)`.
-
-    Returns:
-        `(B, L + num)` or `(B, L + num, H)`.
-    """
-    columns = torch.arange(values.shape[1] + num, device=values.device)
-    offset = columns - start.to(values.device)[:, None]  # (B, L + num)
-    source = torch.where(offset >= num, columns - num, columns).clamp(0, max(values.shape[1] - 1, 0))
-    inside = (offset >= 0) & (offset < num)
-    taken = take(values, source)
-    if isinstance(fill, Tensor):
-        return torch.where(inside[..., None], take(fill, offset.clamp(0, num - 1)), taken)
-    return taken.masked_fill(inside, fill)
-
-
-def take(values: Tensor, columns: Tensor) -> Tensor:
-    """Pick columns of every row: `values[b, columns[b, t]]`.
-
-    Args:
-        values: `(B, L, ...)`.
-        columns: `(B, T)` int64.
-
-    Returns:
-        `(B, T, ...)`.
-    """
-    rows = torch.arange(values.shape[0], device=values.device)[:, None] * values.shape[1]
-    picked = values.flatten(0, 1).index_select(0, (rows + columns.to(values.device)).flatten())
-    return picked.unflatten(0, columns.shape)
-
-
-def insert_positions(position_ids: Tensor, start: Tensor, num: int) -> Tensor:
-    """Give inserted columns the positions that follow, and move the later ones up.
-
-    Args:
-        position_ids: `(..., B or 1, L)`.
-        start: `(B,)`, at least 1.
-        num: How many columns are inserted.
-
-    Returns:
-        `(..., B, L + num)`.
-    """
-    position_ids = position_ids.expand(*position_ids.shape[:-2], start.shape[0], -1)
-    length = position_ids.shape[-1]
-    columns = torch.arange(length + num, device=position_ids.device)
-    offset = columns - start.to(position_ids.device)[:, None]  # (B, L + num)
-    source = torch.where(offset >= 0, (columns - num).maximum(start.to(columns.device)[:, None] - 1), columns)
-    shift = (offset + 1).clamp(0, num)
-    return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1)) + shift
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -305,94 +237,3 @@ def prompts(input_ids: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
     if placement.attention_mask is not None:
         mask = mask & take(placement.attention_mask, columns).to(mask.device).bool()
     return take(input_ids, columns), mask.long()
-
-
-# From the placed columns back to the caller's
-
-
-def restore(output: _T, placement: Placement, length: int, kept: Tensor | None = None, last_row: bool = False) -> _T:
-    """Put everything per-token in a model's output back in line with the caller's tokens.
-
-    The row of the last prompt token becomes the row of the last thought, which predicts the first response token; the
-    other thought rows go. Key columns of attentions at thought positions go too.
-
-    Args:
-        output: A `ModelOutput`, tuple or dict of the base.
-        placement: Where the thoughts stood; `inserted` must be true.
-        length: L, the caller's columns in this call.
-        kept: Columns `(K,)` of the caller's whose logits were asked for (`logits_to_keep`), when the base returned the
-            placed columns `[kept, kept + N]`.
-        last_row: Whether the logits are those of the last rows alone, which need no change.
-
-    Returns:
-        The same type of output.
-    """
-    num, start = placement.num_thoughts, placement.start
-    columns = torch.arange(length, device=start.device)
-    rows = columns + num * (columns >= start[:, None] - 1)  # (B, L): the placed row of each token
-    keys = columns + num * (columns >= start[:, None])  # (B, L): the placed column of each token itself
-    batch, placed = start.shape[0], length + num
-    logits_to_come = last_row or kept is not None
-
-    def change(tensor: Tensor) -> Tensor:
-        nonlocal logits_to_come
-        shape = tensor.shape
-        if logits_to_come and tensor.dim() == 3:  # the first of three dimensions in every causal LM's output
-            logits_to_come = False
-            if kept is None:
-                return tensor
-            late = kept.to(start.device) >= start[:, None] - 1  # (B, K)
-            return take(tensor, torch.arange(kept.shape[0], device=start.device) + late * kept.shape[0])
-        if tensor.dim() == 4 and shape[0] == batch and shape[2] == placed:  # attentions (B, heads, query, key)
-            queries = take(tensor.transpose(1, 2), rows)
-            return _take_keys(queries.transpose(1, 2), keys, placed)
-        if tensor.dim() >= 2 and shape[0] == batch and shape[1] == placed:
-            return take(tensor, rows)
-        if tensor.dim() >= 2 and shape[0] == batch and shape[1] == placed - 1:  # already shifted against the labels
-            return take(tensor, rows[:, :-1])
-        if tensor.dim() >= 2 and shape[0] == batch * placed:  # routers of mixtures of experts (B * L, experts)
-            return take(tensor.unflatten(0, (batch, placed)), rows).flatten(0, 1)
-        return tensor
-
-    return _map_tensors(output, change)
-
-
-def restore_keys(output: _T, placement: Placement) -> _T:
-    """Drop thought positions from the key columns of attentions in a decoding step's output.
-
-    Args:
-        output: The output of a step in which the base saw no thought positions but attended to earlier ones.
-        placement: Where the thoughts stand; `inserted` must be true.
-    """
-    num, start = placement.num_thoughts, placement.start
-
-    def change(tensor: Tensor) -> Tensor:
-        if tensor.dim() != 4 or tensor.shape[0] != start.shape[0]:
-            return tensor
-        columns = torch.arange(tensor.shape[3] - num, device=start.device)
-        return _take_keys(tensor, columns + num * (columns >= start[:, None]), tensor.shape[3])
-
-    return _map_tensors(output, change)
-
-
-def _take_keys(attentions: Tensor, keys: Tensor, placed: int) -> Tensor:
-    """Pick key columns of `(B, heads, query, key)` attentions; key columns beyond the placed ones stay."""
-    keys = keys.to(attentions.device)
-    beyond = torch.arange(placed, attentions.shape[3], device=keys.device).expand(keys.shape[0], -1)
-    keys = torch.cat([keys, beyond], dim=1)
-    index = keys[:, None, None].expand(-1, attentions.shape[1], attentions.shape[2], -1)
-    return attentions.gather(3, index)
-
-
-def _map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor of a nested output; caches and other objects stay as they are."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, dict):  # ModelOutput is one
-        changed = copy.copy(output)
-        for key, value in output.items():
-            changed[key] = _map_tensors(value, change)
-        return changed
-    if isinstance(output, (tuple, list)):
-        return type(output)(_map_tensors(value, change) for value in output)
-    return output

@@ -162,6 +162,6 @@ def _assistant_thought_token_id(config: SoftCoTConfig, assistant: Assistant) -> 
         if token_id is not None:
             return int(token_id)
     raise ValueError(
-        f"`assistant_thought_token` must be given, since the tokenizer of {assistant.name!r} has no unk, eos or pad token. "
-        "Name any token of its vocabulary."
+        f"`assistant_thought_token` must be given, since the tokenizer of {assistant.name!r} has no unk, eos or pad "
+        "token. Name any token of its vocabulary."
     )

@@ -1,0 +1,169 @@
+"""`generate` with thoughts: one assistant pass per prompt, and everything else in the caller's tokens.
+
+`generate` never meets a thought position: its forward passes are translated one by one by the hooks, so penalties,
+bans, stop strings, streamers, lengths, scores and drafts see what they see without an adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import inputs as forward_inputs
+from ._compat import cache_length, find_cache
+from .placement import Placement, align_left, trailing
+from .reader import PromptReader
+from .thinker import Thinker
+
+
+@dataclass
+class Generation:
+    """A running `generate` call.
+
+    Args:
+        model: The base.
+        placement: Where the thoughts stand in the prompts, which end in the last column.
+        thoughts: `(B, N, H_base)`.
+        length: Columns of the prompts.
+        consumed: Columns that the base has read so far; fewer than `length` during chunked prefill.
+    """
+
+    model: nn.Module
+    placement: Placement
+    thoughts: Tensor
+    length: int
+    consumed: int = 0
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the base has read the prompts."""
+        return self.consumed >= self.length
+
+
+RUNNING: ContextVar[Generation | None] = ContextVar("softcot_generation", default=None)
+
+
+def generate(thinker: Thinker, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The base's `generate`, with the active adapter's thoughts.
+
+    Right-padded prompts are aligned to the left first, since new tokens continue the last column; the result shows the
+    caller's prompts as they were.
+
+    Args:
+        thinker: Computes the thoughts.
+        original: The base's own `generate`.
+        *args: As it takes them.
+        **kwargs: As it takes them, and `assistant_input_ids` and `assistant_attention_mask`.
+
+    Raises:
+        ValueError: The prompts cannot carry thoughts, or an option would run the base without them.
+    """
+    own = forward_inputs.pop_own(kwargs)
+    reader = thinker.layer.active_reader()
+    if reader is None:
+        return original(*args, **kwargs)
+    model = thinker.model
+    bound = inspect.signature(original).bind(*args, **kwargs).arguments
+    inputs = {**bound.pop("kwargs", {}), **bound}
+    if inputs.get("inputs") is not None and inputs.get("input_ids") is None:
+        inputs["input_ids"] = inputs.pop("inputs")
+    _check_options(inputs, model)
+    forward_inputs.check(inputs, own)
+    if inputs.get("attention_mask") is None:
+        inputs["attention_mask"] = _infer_mask(inputs, model)
+    prompt, length = inputs.get("input_ids"), forward_inputs.tokens(inputs).shape[1]
+    generation = _start(thinker, inputs, reader, own)
+    token = RUNNING.set(generation)
+    try:
+        result = original(**inputs)
+    finally:
+        RUNNING.reset(token)
+    if prompt is not None and inputs["input_ids"] is not prompt:  # it was aligned
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        sequences[:, :length] = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
+    return result
+
+
+def _start(
+    thinker: Thinker, inputs: dict[str, Any], reader: PromptReader, own: dict[str, Tensor | None]
+) -> Generation:
+    """Place and compute the thoughts, and align right-padded prompts to the left, in place of the dict."""
+    placement = thinker.locate(inputs, reader)
+    with torch.no_grad():
+        thoughts = thinker.think(inputs.get("input_ids"), placement, reader, **own)
+    mask = inputs["attention_mask"]
+    if placement.padded and (mask[:, -1] == 0).any():
+        for name in ("input_ids", "inputs_embeds", "position_ids"):
+            if isinstance(inputs.get(name), Tensor) and inputs[name].shape[:2] == mask.shape:
+                inputs[name] = align_left(inputs[name], mask)
+        start = placement.start + trailing(mask)
+        inputs["attention_mask"] = align_left(mask, mask)
+        placement = replace(placement, start=start, attention_mask=inputs["attention_mask"], latest=int(start.max()))
+    return Generation(thinker.model, placement, thoughts, mask.shape[1])
+
+
+def _option(name: str, inputs: dict[str, Any], model: PreTrainedModel) -> Any:
+    """A generation option from where `generate` looks for it: the call, the config passed, the model's config."""
+    if inputs.get(name) is not None:
+        return inputs[name]
+    for config in (inputs.get("generation_config"), model.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def _check_options(inputs: dict[str, Any], model: PreTrainedModel) -> None:
+    """Refuse options of `generate` under which the base would run without its thoughts."""
+    if cache_length(find_cache(inputs)) > 0:
+        raise ValueError(
+            "`past_key_values` must be empty: thoughts belong to the end of the whole prompt, so a second turn "
+            "cannot continue an old cache. Pass the whole conversation in `input_ids`."
+        )
+    refused = {
+        "guidance_scale": lambda value: value not in (None, 1),
+        "token_healing": bool,
+        "assistant_early_exit": lambda value: value is not None,
+        "cache_implementation": lambda value: value == "paged",
+    }
+    for name, refuses in refused.items():
+        value = _option(name, inputs, model)
+        if refuses(value):
+            raise ValueError(
+                f"`{name}` must not be {value!r}: it runs the base in a way that cannot carry thoughts. Leave it "
+                "out, or disable the adapter."
+            )
+
+
+def _infer_mask(inputs: dict[str, Any], model: PreTrainedModel) -> Tensor:
+    """The mask that `generate` infers from the pad token where the caller gives none: `(B, L)`."""
+    ids = inputs.get("input_ids")
+    pad, eos = (_option(name, inputs, model) for name in ("pad_token_id", "eos_token_id"))
+    if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        reference = forward_inputs.tokens(inputs)
+        return torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
+    return (ids != pad).long()
+
+
+def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make room for the thoughts in caches of a fixed size.
+
+    `_prepare_cache_for_generation` is private in transformers, and the only place where such a cache gets its length
+    from the caller's `max_length` (5.23).
+
+    Args:
+        original: The base's own method.
+        *args: As it takes them.
+        **kwargs: As it takes them.
+    """
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    generation = RUNNING.get()
+    if generation is not None and generation.model is getattr(original, "__self__", None):
+        bound.arguments["max_cache_length"] += generation.placement.num_inserted
+    return original(*bound.args, **bound.kwargs)

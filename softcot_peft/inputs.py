@@ -1,0 +1,179 @@
+"""The arguments of the base's forward, translated from the caller's columns to the placed ones.
+
+Works on a dict of arguments by name, in place. Knows the names that transformers gives them, and no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._compat import PACKED_NAMES, cache_length
+from .columns import insert, insert_positions
+from .layer import write_thoughts
+from .placement import IGNORED, Placement, check_unpacked, positions
+
+OWN_NAMES = ("assistant_input_ids", "assistant_attention_mask")
+
+
+def pop_own(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Take the caller's own assistant input, which the base does not know, out of the arguments."""
+    return {name: inputs.pop(name, None) for name in OWN_NAMES}
+
+
+def tokens(inputs: dict[str, Any]) -> Tensor:
+    """The tensor that says how many rows and columns a pass has: ids `(B, L)` or embeddings `(B, L, H)`.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(inputs.get(name), Tensor):
+            found: Tensor = inputs[name]
+            return found
+    raise ValueError("`input_ids` must be given, got none. Pass the tokenized prompts.")
+
+
+def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
+    """Refuse arguments that cannot carry thoughts.
+
+    Args:
+        inputs: The forward's arguments.
+        own: The caller's own assistant input.
+
+    Raises:
+        ValueError: Embeddings without a prompt for the assistant, a packed batch, or a mask that is no padding mask.
+    """
+    embeds_only = inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None
+    if embeds_only and own["assistant_input_ids"] is None:
+        raise ValueError(
+            "`inputs_embeds` alone do not tell the assistant the prompt. Pass `input_ids` instead, or "
+            "`assistant_input_ids` (and `assistant_attention_mask`), ending in the thought positions, as well."
+        )
+    packed = [name for name in PACKED_NAMES if inputs.get(name) is not None]
+    if packed:
+        raise ValueError(
+            f"`{packed[0]}` announces a packed or padding-free batch, which cannot carry thoughts, since a row has "
+            "one place for them. Turn `packing`, `padding_free` and continuous batching off."
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and not is_padding_mask(mask):
+        found = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must be the padding mask (batch, tokens), got {found}: thoughts cannot be placed under "
+            "a ready-made mask. Pass the tokenizer's mask."
+        )
+    check_unpacked(inputs.get("position_ids"), mask)
+
+
+def is_padding_mask(mask: Any) -> bool:
+    """Whether a mask has the form `(B, L)`."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def place(
+    inputs: dict[str, Any], placement: Placement, thoughts: Tensor, filler: int, seen: int = 0
+) -> tuple[Tensor | None, bool]:
+    """Make room for the thoughts in every per-token argument; into embeddings they are written here.
+
+    Args:
+        inputs: The forward's arguments.
+        placement: Where the thoughts stand in the rows.
+        thoughts: `(B, N, H_base)`.
+        filler: Id under inserted thought positions.
+        seen: Columns of the rows that earlier passes have read (chunked prefill).
+
+    Returns:
+        The columns whose logits the caller asked for, when each was translated into both of its possible rows, and
+        whether the caller asked for the last rows alone, which stay the last.
+
+    Raises:
+        ValueError: A per-token argument whose value at a thought position is not known.
+    """
+    batch, length = tokens(inputs).shape[:2]
+    here = replace(placement, start=placement.start - seen, latest=placement.latest - seen)
+    if not placement.inserted:
+        if inputs.get("inputs_embeds") is not None:
+            inputs["inputs_embeds"] = write_thoughts(inputs["inputs_embeds"], thoughts, here.start)
+        return None, False
+    kept = _keep_logits(inputs, here, length)
+    mask = inputs.pop("attention_mask", None)
+    start, num = here.start, here.num_thoughts
+    fills = {"input_ids": filler, "labels": IGNORED}
+    for name, value in list(inputs.items()):
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        if name == "position_ids":
+            inputs[name] = insert_positions(value, start, num)
+        elif name == "inputs_embeds":
+            inputs[name] = insert(value, start, num, thoughts.to(value))
+        elif name == "shift_labels":  # already shifted: the last thought's row predicts the first label
+            inputs[name] = insert(value, start - 1, num, IGNORED)
+        elif name in fills or name.endswith("token_type_ids"):
+            inputs[name] = insert(value, start, num, fills.get(name, 0))
+        elif value.shape[:2] == (batch, length):
+            raise ValueError(
+                f"`{name}` has one value per token, and its value at a thought position is not known. Leave it out, "
+                "or write a run of `thought_token` into the prompts, so that every position is yours."
+            )
+    if mask is not None:
+        inputs["attention_mask"] = _placed_mask(mask, placement, seen + length)
+    return kept
+
+
+def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_positions: bool) -> None:
+    """Move mask and positions of the next tokens up, after a cache that holds the thoughts.
+
+    Args:
+        inputs: The forward's arguments.
+        placement: Where the thoughts stand in the rows.
+        cache: The cache.
+        takes_positions: Whether the forward knows `position_ids`.
+    """
+    length = tokens(inputs).shape[1]
+    mask = inputs.get("attention_mask")
+    if placement.inserted:
+        num = placement.num_thoughts
+        if placement.padded or is_padding_mask(mask):
+            so_far = 0 if is_padding_mask(mask) else cache_length(cache) - num + length
+            inputs["attention_mask"] = mask = _placed_mask(mask, placement, so_far)
+        if isinstance(inputs.get("position_ids"), Tensor):
+            inputs["position_ids"] = inputs["position_ids"] + num
+    if placement.padded and takes_positions and inputs.get("position_ids") is None and is_padding_mask(mask):
+        inputs["position_ids"] = positions(inputs["attention_mask"])[:, -length:]
+
+
+def _keep_logits(inputs: dict[str, Any], placement: Placement, length: int) -> tuple[Tensor | None, bool]:
+    """Translate `logits_to_keep`; returns what `place` returns."""
+    keep = inputs.get("logits_to_keep")
+    if keep is None or (isinstance(keep, int) and keep == 0):
+        return None, False
+    if isinstance(keep, int):
+        keep = min(keep, length)
+        if length - keep >= placement.latest - 1:  # every row asked for moves up by N
+            inputs["logits_to_keep"] = keep
+            return None, True
+        keep = torch.arange(length - keep, length, device=placement.start.device)
+    # A token's row is its own before the thoughts and N further after them; rows differ, so both are computed.
+    inputs["logits_to_keep"] = torch.cat([keep, keep + placement.num_thoughts])
+    return keep, False
+
+
+def _placed_mask(mask: Any, placement: Placement, length: int) -> Tensor:
+    """The mask `(B, length + N)` that the base sees.
+
+    Args:
+        mask: The caller's mask `(B, length)`. Anything else, such as the ready-made masks that `generate` computes for
+            caches of a fixed size, is replaced by the prompts' mask followed by attended tokens.
+        placement: Where the thoughts stand.
+        length: The caller's columns so far; not needed with the caller's mask.
+    """
+    if not is_padding_mask(mask):
+        start, mask = placement.start, placement.attention_mask
+        if mask is None:
+            mask = torch.ones(len(start), 0, dtype=torch.long, device=start.device)
+        mask = torch.cat([mask, mask.new_ones(len(start), length - mask.shape[1])], dim=1)
+    return insert(mask, placement.start, placement.num_thoughts, 1)

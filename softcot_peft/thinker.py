@@ -1,0 +1,130 @@
+"""Finds where the thoughts of a batch go and computes them, with the active adapter's config and projection."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ._compat import position_limit
+from .inputs import tokens
+from .layer import SoftCoTLayer
+from .placement import IGNORED, Placement, locate, prompts
+from .reader import PromptReader
+
+
+class Thinker:
+    """The soft thoughts of one base.
+
+    Args:
+        model: The base.
+        layer: Its wrapped input embedding.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer) -> None:
+        self.model = model
+        self.layer = layer
+
+    def locate(self, inputs: dict[str, Any], reader: PromptReader) -> Placement:
+        """Find the thoughts' place in the rows of a batch.
+
+        Args:
+            inputs: The forward's arguments, unpadded or padded on either side.
+            reader: The active adapter's.
+
+        Raises:
+            ValueError: The batch cannot carry thoughts, or is too long for the base with them.
+
+        Warns:
+            UserWarning: Training without labels.
+        """
+        config = reader.config
+        num = config.num_thought_tokens
+        if not self.model.training and config.inference_num_thought_tokens is not None:
+            num = config.inference_num_thought_tokens
+        reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
+        if labels is None and inputs.get("shift_labels") is not None:
+            labels = unshift(inputs["shift_labels"])
+        if inputs.get("input_ids") is None and mask is None:
+            mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
+        run_required = config.placement == "thought_token"
+        placement = locate(inputs.get("input_ids"), mask, labels, num, reader.thought_token_id, run_required)
+        if self.model.training and labels is None and placement.inserted:
+            warnings.warn(
+                "`labels` must be given in training mode for thoughts to stand before the response, got none: they "
+                "stand after the last token, and no response reads them. If the loss is computed outside of the model "
+                "(label smoothing, `compute_loss_func`), write a run of `thought_token` into the prompts.",
+                stacklevel=2,
+            )
+        self._check_length(reference, mask, placement)
+        return placement
+
+    def _check_length(self, reference: Tensor, mask: Tensor | None, placement: Placement) -> None:
+        """Refuse rows that are longer than the base has positions for."""
+        limit = position_limit(self.model.config)
+        added = placement.num_inserted
+        if limit is None or reference.shape[1] + added <= limit:
+            return
+        longest = reference.shape[1] if mask is None else int(mask.sum(1).max())
+        if longest + added > limit:
+            raise ValueError(
+                f"Tokens and thoughts must fit into the base's {limit} positions, got {longest} + {added}. Shorten "
+                "the input, or lower `num_thought_tokens` or `inference_num_thought_tokens`."
+            )
+
+    def think(
+        self,
+        input_ids: Tensor | None,
+        placement: Placement,
+        reader: PromptReader,
+        assistant_input_ids: Tensor | None = None,
+        assistant_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run the assistant once and project: `s = W Assistant([prompt; thought token x N]) + b` (section 3).
+
+        Args:
+            input_ids: The caller's ids `(B, L)`; not looked at with `assistant_input_ids`.
+            placement: Where the thoughts stand; the assistant sees nothing beyond.
+            reader: The active adapter's.
+            assistant_input_ids: The caller's own assistant input `(B, P)`, ending in N thought positions.
+            assistant_attention_mask: Its mask `(B, P)`; `None`: all attended.
+
+        Returns:
+            `(B, N, H_base)` in the projection's dtype.
+
+        Raises:
+            ValueError: The caller's assistant input does not fit the batch or N.
+        """
+        num, batch = placement.num_thoughts, len(placement.start)
+        if assistant_input_ids is None:
+            if input_ids is None:
+                raise ValueError("`input_ids` must be given for the assistant to read, got none.")
+            ids, mask = reader.read(*prompts(input_ids, placement), num)
+        else:
+            ids = assistant_input_ids
+            mask = torch.ones_like(ids) if assistant_attention_mask is None else assistant_attention_mask
+            if ids.dim() != 2 or ids.shape[0] != batch or ids.shape[1] < num or mask.shape != ids.shape:
+                raise ValueError(
+                    f"`assistant_input_ids` must have {batch} rows that end in {num} thought positions, and a mask of "
+                    f"the same shape, got {tuple(ids.shape)} and {tuple(mask.shape)}. Make one row per prompt, padded "
+                    "on the left."
+                )
+        return self.layer.soft_thoughts(reader.assistant.hidden_states(ids, mask, num, self.layer.weight.device))
+
+    def filler(self, reader: PromptReader) -> int:
+        """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
+        if reader.thought_token_id is not None:
+            return reader.thought_token_id
+        config = self.model.config.get_text_config(decoder=True)
+        for token_id in (config.bos_token_id, config.eos_token_id):
+            if isinstance(token_id, int) and token_id != config.pad_token_id:
+                return token_id
+        return 0
+
+
+def unshift(shift_labels: Tensor) -> Tensor:
+    """Labels `(B, L)` in line with the ids from labels shifted one to the left; the first one is not predicted."""
+    return torch.cat([torch.full_like(shift_labels[:, :1], IGNORED), shift_labels[:, :-1]], dim=1)
