@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 
 @dataclass
@@ -70,24 +71,45 @@ class Oracle:
 
     def logits(self, before: list[int], after: list[int], prompt: list[int] | None = None) -> Tensor:
         """Logits of every placed position `(before + N + after, V)`; `prompt` is what the assistant reads."""
+        return self.states(before, after, prompt).logits[0]
+
+    def states(self, before: list[int], after: list[int], prompt: list[int] | None = None) -> Any:
+        """Everything the base returns for one row."""
         embed = self.base.get_input_embeddings()
         pieces = [
             embed(torch.tensor(before, dtype=torch.long)),
             self.thoughts(before if prompt is None else prompt),
             embed(torch.tensor(after, dtype=torch.long)),
         ]
-        return self.base(inputs_embeds=torch.cat(pieces)[None], use_cache=False).logits[0]
+        eager = self.base.config._attn_implementation == "eager"
+        return self.base(
+            inputs_embeds=torch.cat(pieces)[None], use_cache=False, output_hidden_states=True, output_attentions=eager
+        )
 
     @torch.no_grad()
-    def generate(self, before: list[int], new: int, after: list[int] | None = None) -> list[int]:
-        """Greedy new tokens, stopping after EOS."""
+    def generate(
+        self,
+        before: list[int],
+        new: int,
+        after: list[int] | None = None,
+        processors: LogitsProcessorList | None = None,
+    ) -> list[int]:
+        """Greedy new tokens, stopping after EOS; processors see the caller's tokens, without thoughts."""
         after, tokens = list(after or []), list[int]()
         while len(tokens) < new:
-            token = int(self.logits(before, after + tokens)[-1].argmax())
+            scores = self.logits(before, after + tokens)[-1:]
+            seen = torch.tensor([before + after + tokens])
+            token = int((scores if processors is None else processors(seen, scores)).argmax())
             tokens.append(token)
             if token == self.base.config.eos_token_id:
                 break
         return tokens
+
+    @torch.no_grad()
+    def sample(self, before: list[int], **options: Any) -> list[list[int]]:
+        """New tokens of transformers' own `generate` over `[embed(before); s]`, for beams and sampling."""
+        embeddings = torch.cat([self.base.get_input_embeddings()(torch.tensor(before)), self.thoughts(before)])
+        return self.base.generate(inputs_embeds=embeddings[None], **options).tolist()
 
     def loss(self, before: list[int], response: list[int], after: list[int] | None = None) -> Tensor:
         """Mean NLL of the response, given prompt and thoughts."""
