@@ -6,10 +6,12 @@ bans, stop strings, streamers, lengths, scores and drafts see what they see with
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -152,7 +154,7 @@ def _infer_mask(inputs: dict[str, Any], model: PreTrainedModel) -> Tensor:
 
 
 def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make room for the thoughts in caches of a fixed size.
+    """Make room for the thoughts in caches of a fixed size, and have caches cropped in the caller's columns.
 
     `_prepare_cache_for_generation` is private in transformers, and the only place where such a cache gets its length
     from the caller's `max_length` (5.23).
@@ -164,6 +166,21 @@ def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     """
     bound = inspect.signature(original).bind(*args, **kwargs)
     generation = RUNNING.get()
-    if generation is not None and generation.model is getattr(original, "__self__", None):
-        bound.arguments["max_cache_length"] += generation.placement.num_inserted
-    return original(*bound.args, **bound.kwargs)
+    if generation is None or generation.model is not getattr(original, "__self__", None):
+        return original(*bound.args, **bound.kwargs)
+    added = generation.placement.num_inserted
+    bound.arguments["max_cache_length"] += added
+    result = original(*bound.args, **bound.kwargs)
+    cache = find_cache(bound.arguments["model_kwargs"])
+    if added and hasattr(cache, "crop"):
+        cache.crop = MethodType(functools.partial(_crop, added), cache)
+    return result
+
+
+def _crop(added: int, cache: Any, length: int) -> None:
+    """Crop a cache to a length in the caller's columns.
+
+    Drafts that are not accepted are dropped so. Transformers 5.23 says how many (negative), which needs no
+    translation; earlier releases say how many tokens stay.
+    """
+    type(cache).crop(cache, length + added if length > 0 else length)
