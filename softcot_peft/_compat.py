@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Names under which models take their cache: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23).
@@ -87,6 +87,7 @@ def find_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def cache_length(cache: Any) -> int:
-    """Tokens held by a cache; 0 for none, and for those of state-space models that cannot tell."""
-    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    return int(length) if isinstance(length, (int, Tensor)) else 0
+    """Tokens held by a cache, 0 for none; 1 stands for those of state-space models, which cannot tell."""
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1

@@ -7,6 +7,7 @@ thoughts to the embedding layer; a forward hook puts the outputs back in line wi
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ class ThoughtHooks:
             return None
         if running.places and RUNNING.get() is None and isinstance(output, dict):
             cache = find_cache(output)
-            if hasattr(cache, "get_seq_length"):
+            if cache is not None and not isinstance(cache, (Tensor, tuple, list)):
                 setattr(cache, _RECORD, placement)
         if not placement.inserted:
             return None
@@ -144,10 +145,22 @@ class ThoughtHooks:
         own = forward_inputs.pop_own(inputs)
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
+        self._warn_unlabelled(inputs, placement)
         thoughts = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
         if placement.padded and self.takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         return self._place(inputs, placement, thoughts, reader)
+
+    def _warn_unlabelled(self, inputs: dict[str, Any], placement: Placement) -> None:
+        """Warn where training would leave the thoughts unread."""
+        labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
+        if self.model.training and placement.inserted and not labelled:
+            warnings.warn(
+                "`labels` must be given in training mode for thoughts to stand before the response, got none: they "
+                "stand after the last token, and no response reads them. If the loss is computed outside of the model "
+                "(label smoothing, `compute_loss_func`), write a run of `thought_token` into the prompts.",
+                stacklevel=2,
+            )
 
     def _place(
         self, inputs: dict[str, Any], placement: Placement, thoughts: Tensor, reader: PromptReader, seen: int = 0

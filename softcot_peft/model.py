@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -76,17 +77,16 @@ class SoftCoTModel(BaseTuner):
         layer.update_layer(adapter_name, reader)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        else:
+        elif layer.softcot_projection[adapter_name].weight.device.type != "meta":  # else loading fills and places it
             layer.softcot_projection[adapter_name].to(layer.weight.device)
         if _HOOKS not in self.model.__dict__:
             setattr(self.model, _HOOKS, ThoughtHooks(self.model, layer))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Made in float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
-        if not autocast_adapter_dtype:
-            for module in self.model.modules():
-                if isinstance(module, SoftCoTLayer):
-                    module.softcot_projection[adapter_name].to(module.weight.dtype)
+        # Float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
+        layer = _softcot_layer(self.model)
+        dtype = torch.float32 if autocast_adapter_dtype else layer.weight.dtype
+        layer.softcot_projection[adapter_name].to(dtype)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -37,9 +36,6 @@ class Thinker:
 
         Raises:
             ValueError: The batch cannot carry thoughts, or is too long for the base with them.
-
-        Warns:
-            UserWarning: Training without labels.
         """
         config = reader.config
         num = config.num_thought_tokens
@@ -52,13 +48,6 @@ class Thinker:
             mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
         run_required = config.placement == "thought_token"
         placement = locate(inputs.get("input_ids"), mask, labels, num, reader.thought_token_id, run_required)
-        if self.model.training and labels is None and placement.inserted:
-            warnings.warn(
-                "`labels` must be given in training mode for thoughts to stand before the response, got none: they "
-                "stand after the last token, and no response reads them. If the loss is computed outside of the model "
-                "(label smoothing, `compute_loss_func`), write a run of `thought_token` into the prompts.",
-                stacklevel=2,
-            )
         self._check_length(reference, mask, placement)
         return placement
 

@@ -406,9 +406,11 @@ class TestLine5Invariance:
         output = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **options)
         assert new_tokens(output, batch) == answers[: len(texts)]
 
-    def test_batched_as_single(self, pair: Pair, model: PeftModel, answers: list[list[int]]) -> None:
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_batched_as_single(self, pair: Pair, model: PeftModel, answers: list[list[int]], cache: str) -> None:
+        options: dict[str, Any] = {} if cache == "dynamic" else {"cache_implementation": cache}
         for row, answer in zip(pair.rows(QUESTIONS), answers, strict=True):
-            output = model.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)
+            output = model.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False, **options)
             assert output[0].tolist() == row + answer
 
     @SIDES

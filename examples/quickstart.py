@@ -1,0 +1,179 @@
+"""Train a SoftCoT adapter on the small pair, offline, and use it in every way; a few minutes on 2 cores.
+
+The base works out `12+34*5` but cannot read `twelve plus thirty four times five`; the assistant can read it but cannot
+work it out. One trained linear layer between them is all that is added. See `small_pair.py` for how the pair is made.
+
+    python examples/quickstart.py [--steps 800] [--output-dir runs/quickstart]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors import safe_open
+from small_pair import load_or_make, problems
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+from softcot_peft import SoftCoTConfig
+
+HERE = Path(__file__).parent
+Model = PreTrainedModel | PeftModel
+
+
+@torch.no_grad()
+def answer(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: list[str], what: str) -> list[str]:
+    """Greedy answers, in batches of 100."""
+    answers = []
+    for start in tqdm(range(0, len(prompts), 100), desc=f"answering, {what}", leave=False):
+        batch = tokenizer(prompts[start : start + 100], return_tensors="pt", padding=True)
+        output = model.generate(**batch, max_new_tokens=32, do_sample=False)
+        answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def share_right(answers: list[str], examples: list[dict[str, str]]) -> float:
+    """The share of answers that are right to the last character."""
+    return sum(a == example["response"] for a, example in zip(answers, examples, strict=True)) / len(examples)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, str]]) -> list[dict[str, list[int]]]:
+    """Ids of prompt, response and EOS; the response and EOS are labelled. Thoughts go between by themselves."""
+    rows = []
+    for example in tqdm(examples, desc="tokenizing", leave=False):
+        prompt = tokenizer(example["prompt"])["input_ids"]
+        response = [*tokenizer(example["response"])["input_ids"], tokenizer.eos_token_id]
+        ids = prompt + response
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + response})
+    return rows
+
+
+def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
+    """Train the projection with the plain Trainer."""
+    rows = tokenize(tokenizer, problems(args.steps * args.batch_size, seed=args.seed))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output_dir / "checkpoints"),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="linear",
+            weight_decay=0.0,
+            logging_steps=max(args.steps // 8, 1),
+            save_strategy="no",
+            report_to=[],
+            seed=args.seed,
+            use_cpu=True,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+    trainer.train()
+
+
+def reload(folder: Path, base: Path) -> dict[str, Model]:
+    """The adapter through three routes, each over a newly loaded base."""
+    transformers_model = AutoModelForCausalLM.from_pretrained(base)
+    transformers_model.load_adapter(str(folder))
+    return {
+        "PeftModel.from_pretrained": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
+        "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM.from_pretrained(folder),
+        "base.load_adapter": transformers_model,
+    }
+
+
+def check(holds: bool, what: str) -> None:
+    """Say that something holds, or stop."""
+    print(f"{'yes' if holds else 'NO '}  {what}")
+    if not holds:
+        raise SystemExit(f"quickstart: this should hold and does not: {what}")
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--num-thought-tokens", type=int, default=7)
+    parser.add_argument("--held-out", type=int, default=400, help="number of held-out problems of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pair", type=Path, default=HERE / "small_pair", help="folder of the pair; made if missing")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, compare, save, reload, ask."""
+    args, began = parse(), time.monotonic()
+    set_seed(args.seed)
+    base_folder, assistant_folder = load_or_make(args.pair)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    worded = problems(args.held_out, seed=1, held_out=True)
+    digits = problems(args.held_out, seed=2, worded=False, held_out=True)
+    worded_prompts, digit_prompts = ([example["prompt"] for example in kind] for kind in (worded, digits))
+    before = answer(base, tokenizer, worded_prompts, "base, worded")
+    own = answer(base, tokenizer, digit_prompts, "base, its own problems")
+
+    config = SoftCoTConfig(
+        task_type="CAUSAL_LM",
+        assistant_model_name_or_path=str(assistant_folder),
+        num_thought_tokens=args.num_thought_tokens,
+    )
+    model: Any = get_peft_model(base, config)
+    model.print_trainable_parameters()
+    train(model, tokenizer, args)
+    model.eval()
+    after = answer(model, tokenizer, worded_prompts, "SoftCoT, worded")
+    with model.disable_adapter():
+        own_after = answer(model, tokenizer, digit_prompts, "adapter disabled")
+
+    folder = args.output_dir / "adapter"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        tensor_bytes = sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118  # no dict
+
+    print(f"\n{worded[0]['prompt']}  ->  {after[0].strip()}    (base alone: {before[0].strip()!r})\n")
+    print(f"| right answers on {args.held_out} held-out problems each | worded | base's own, in digits |")
+    print("| --- | --- | --- |")
+    print(f"| base alone | {share_right(before, worded):.1%} | {share_right(own, digits):.1%} |")
+    print(
+        f"| SoftCoT, adapter disabled for digits | {share_right(after, worded):.1%} | {share_right(own_after, digits):.1%} |\n"
+    )
+    check(own_after == own, "adapter disabled: the base's own problems token for token as before")
+    check(
+        file.stat().st_size <= tensor_bytes + 4096,
+        f"adapter file: {file.stat().st_size} bytes, {tensor_bytes} of tensors",
+    )
+    for route, reloaded in reload(folder, base_folder).items():
+        check(
+            answer(reloaded, tokenizer, worded_prompts, route) == after, f"{route}: the same {args.held_out} answers"
+        )
+    pipe = pipeline("text-generation", model=AutoModelForCausalLM.from_pretrained(base_folder), tokenizer=tokenizer)
+    pipe.model.load_adapter(str(folder))
+    (told,) = pipe(worded[0]["prompt"], max_new_tokens=32, do_sample=False, return_full_text=False)
+    check(told["generated_text"] == after[0], f"pipeline: {told['generated_text'].strip()}")
+    print(f"\nAdapter in {folder}. {time.monotonic() - began:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    main()
