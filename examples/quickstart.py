@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-thought-tokens", type=int, default=7)
     parser.add_argument("--held-out", type=int, default=400, help="number of held-out problems of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pair", type=Path, default=HERE / "small_pair", help="folder of the pair; made if missing")
+    parser.add_argument("--pair", type=Path, default=HERE / "pair", help="folder of the pair; made if missing")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
     return parser.parse_args()
 

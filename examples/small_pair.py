@@ -1,0 +1,279 @@
+"""Make a tiny pair of language models on which soft thoughts can be tried offline.
+
+The task is two-step arithmetic, worked from left to right::
+
+    Q: twelve plus thirty four times five? A: 12+34=046;046*5=0230
+
+* The **base** model works out problems given in digits, be it as the question (``Q: 12+34*5?``)
+  or as a hint behind a question. It cannot read number words.
+* The **assistant** reads a question in words and writes the problem in digits
+  (``... five? A: 12+34*5``), also when it sees unk tokens in the place of its own output. So its
+  hidden states at unk tokens behind a question hold the digits, one at each position.
+
+What is missing is a linear layer from those hidden states to the base model's embeddings. That
+layer is what SoftCoT trains. The models have different tokenizers and different hidden sizes.
+
+    python small_pair.py --out DIR [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+UNITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TEENS = [f"{stem}teen" for stem in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
+SMALL = [*UNITS, "ten", "eleven", "twelve", *TEENS]
+TENS = [f"{stem}ty" for stem in ("twen", "thir", "for", "fif", "six", "seven", "eigh", "nine")]
+OPERATORS = {"+": "plus", "-": "minus", "*": "times"}
+MARK = " A: "  # one token in both vocabularies; every response begins with it
+
+Rows = list[list[int]]
+
+
+def in_words(expression: str) -> str:
+    """``12+34*5`` -> ``twelve plus thirty four times five``."""
+
+    def number(n: int) -> str:
+        if n < 20:
+            return SMALL[n - 1]
+        return TENS[n // 10 - 2] + (f" {SMALL[n % 10 - 1]}" if n % 10 else "")
+
+    a, b, c = (number(int(digits)) for digits in (expression[:2], expression[3:5], expression[6]))
+    return f"{a} {OPERATORS[expression[2]]} {b} {OPERATORS[expression[5]]} {c}"
+
+
+def work_out(expression: str) -> str:
+    """``12+34*5`` -> ``12+34=046;046*5=0230``."""
+    a, b, c = int(expression[:2]), int(expression[3:5]), int(expression[6])
+    first = a + b if expression[2] == "+" else a - b
+    second = {"+": first + c, "-": first - c, "*": first * c}[expression[5]]
+    return f"{expression[:5]}={first:03d};{first:03d}{expression[5:]}={second:04d}"
+
+
+def draw(rng: random.Random, held_out: bool = False) -> str:
+    """Draw a problem of seven characters, such as ``12+34*5``. No result is negative.
+
+    A hash of the problem says whether it is one of the tenth that is held out from all training.
+    """
+    while True:
+        a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
+        first, second = rng.choice("+-"), rng.choice("+-*")
+        expression = f"{a}{first}{b}{second}{c}"
+        negative = first == "-" and a - b < (c if second == "-" else 0)
+        if not negative and (zlib.crc32(expression.encode()) % 10 == 0) == held_out:
+            return expression
+
+
+def problems(
+    count: int, seed: int, *, worded: bool = True, held_out: bool = False
+) -> list[dict[str, str]]:
+    """Draw problems, as dicts with ``prompt``, ``response`` and ``expression`` (the digits)."""
+    rng = random.Random(seed)
+    drawn = [draw(rng, held_out) for _ in range(count)]
+    return [
+        {
+            "prompt": f"Q: {in_words(expression) if worded else expression}?",
+            "response": MARK + work_out(expression),
+            "expression": expression,
+        }
+        for expression in drawn
+    ]
+
+
+def make_tokenizer(
+    vocabulary: list[str], pad: str, unk: str, eos: str, others: list[str]
+) -> PreTrainedTokenizerFast:
+    """A tokenizer for whole words, each with the space before it, and single characters."""
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unk))
+    pieces = Regex(f"{MARK}|Q:| ?[a-z]+|.")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        unk_token=unk,
+        eos_token=eos,
+        additional_special_tokens=others,
+        padding_side="left",
+        model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The tokenizers of base and assistant. The base has a ``<thought>`` token to spare."""
+    words = [f" {word}" for word in [*SMALL, *TENS, *OPERATORS.values()]]
+    shared = ["Q:", "?", MARK, " ", *"+-*0123456789", *words]
+    special = ["<pad>", "<unk>", "</s>", "<thought>"]
+    base = make_tokenizer([*special, *"=;", *shared], *special[:3], others=special[3:])
+    special = ["[PAD]", "[UNK]", "[EOS]"]
+    # In another order: no token has the same id in both.
+    assistant = make_tokenizer(["[EOS]", *shared[::-1], *special[:2]], *special, others=[])
+    return base, assistant
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaForCausalLM:
+    """A Llama model with four layers and random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def collate(sources: Rows, targets: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join sources and targets to right-padded input ids, and labels for the targets."""
+    size = max(len(source) + len(target) for source, target in zip(sources, targets, strict=True))
+    ids = torch.full((len(sources), size), pad)
+    labels = torch.full((len(sources), size), -100)
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        here = slice(len(source), len(source) + len(target))
+        ids[row, : here.start] = torch.tensor(source)
+        ids[row, here] = labels[row, here] = torch.tensor(target)
+    return ids, labels
+
+
+def base_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 32
+) -> dict[str, torch.Tensor]:
+    """Training examples for the base model: one in four is a problem in digits alone.
+
+    In the others a hint in digits stands where soft thoughts will stand, behind a question in
+    words. That question is a *different problem* from the hint and the answer: reading words is
+    of no use to the base model, and so it never learns to. To make it accept vectors that are
+    only like a digit's embedding, hints are scaled (by 0.5 to 2) and get noise (of up to 1.5 times
+    the embeddings' spread); some of their vectors, and at times one behind them, are noise alone.
+    """
+    unk, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
+    sources, targets, hints = [], [], []
+    for _ in range(size):
+        expression = draw(rng)
+        hinted = rng.random() < 0.75
+        prompt = tokenizer.encode(f"Q: {in_words(draw(rng)) if hinted else expression}?")
+        hint = tokenizer.encode(expression) if hinted else []
+        hint = [unk if rng.random() < 0.1 else token for token in hint]
+        hint += [unk] * (hinted and rng.random() < 0.5)
+        sources.append(prompt + hint)
+        targets.append([*tokenizer.encode(MARK + work_out(expression)), eos])
+        hints.append([0] * len(prompt) + [1] * len(hint))
+    ids, labels = collate(sources, targets, tokenizer.pad_token_id)
+    is_hint, _ = collate(hints, [[0] * len(target) for target in targets], 0)
+    embeddings = model.get_input_embeddings()(ids)
+    noise = torch.randn(embeddings.shape) * model.get_input_embeddings().weight.detach().std()
+    level = 1.5 * torch.rand(size, 1, 1)
+    noisy = torch.where((ids == unk)[..., None], noise, embeddings + level * noise)
+    scale = 2 ** (2 * torch.rand(size, 1, 1) - 1)
+    embeddings = torch.where(is_hint[..., None] == 1, scale * noisy, embeddings)
+    return {"inputs_embeds": embeddings, "labels": labels}
+
+
+def assistant_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 64
+) -> dict[str, torch.Tensor]:
+    """Training examples for the assistant; three in four hide its own output behind unk."""
+    drawn = [draw(rng) for _ in range(size)]
+    sources = [tokenizer.encode(f"Q: {in_words(expression)}?") for expression in drawn]
+    targets = [[*tokenizer.encode(MARK + item), tokenizer.eos_token_id] for item in drawn]
+    ids, labels = collate(sources, targets, tokenizer.pad_token_id)
+    hide = (torch.rand(size, 1) < 0.75) & (labels != -100)
+    return {"input_ids": ids.masked_fill(hide, tokenizer.unk_token_id), "labels": labels}
+
+
+def fit(
+    model: PreTrainedModel,
+    batch: Callable[[], dict[str, torch.Tensor]],
+    steps: int,
+    rate: float,
+    name: str,
+) -> None:
+    """Train all weights with AdamW; the rate rises for 5 % of the steps, then falls to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
+    )
+    model.train()
+    for _ in tqdm(range(steps), desc=f"training the {name}"):
+        optimizer.zero_grad()
+        model(**batch(), use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save as a Hugging Face folder: weights stored in float16, to be loaded as float32."""
+    model.save_pretrained(folder, state_dict={k: v.half() for k, v in model.state_dict().items()})
+    tokenizer.save_pretrained(folder)
+
+
+def load_or_make(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
+    """The folders of base and assistant; the pair is trained if it is not there yet."""
+    base, assistant = Path(folder) / "base", Path(folder) / "assistant"
+    base_tokenizer, assistant_tokenizer = make_tokenizers()
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    if not (assistant / "config.json").exists():
+        model = make_model(assistant_tokenizer, width=64)
+        fit(model, lambda: assistant_batch(assistant_tokenizer, rng), 1000, 3e-3, "assistant")
+        save(model, assistant_tokenizer, assistant)
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    if not (base / "config.json").exists():
+        model = make_model(base_tokenizer, width=128)
+        fit(model, lambda: base_batch(model, base_tokenizer, rng), 3500, 3e-3, "base model")
+        save(model, base_tokenizer, base)
+    return base, assistant
+
+
+@torch.no_grad()
+def share_solved(folder: Path, examples: list[dict[str, str]]) -> float:
+    """The share of exactly right greedy answers that the saved base model gives on its own."""
+    model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, AutoTokenizer))
+    prompts = [example["prompt"] for example in examples]
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    answers = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    pairs = zip(answers, examples, strict=True)
+    return sum(answer == example["response"] for answer, example in pairs) / len(examples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the small pair of models.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    base, _ = load_or_make(args.out, args.seed)
+    for worded in (False, True):
+        share = share_solved(base, problems(400, seed=1, worded=worded, held_out=True))
+        print(f"base alone on problems in {'words' if worded else 'digits'}: {share:.1%}")
+
+
+if __name__ == "__main__":
+    main()

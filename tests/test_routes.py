@@ -1,0 +1,465 @@
+"""Every route to an adapter is the same function, and what is saved is the projection alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUESTIONS, Pair
+from oracle import Oracle
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+
+from softcot_peft import SoftCoTConfig, __version__, with_thought_tokens
+
+NEW = 8  # tokens generated per prompt
+N = 4  # thoughts
+EOS, PAD = 1, 0
+PROMPTS = [QUESTIONS[1], QUESTIONS[0], "Seven?"]  # of different lengths
+CHATS = [
+    [{"role": "user", "content": PROMPTS[0]}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": PROMPTS[1]},
+        {"role": "assistant", "content": "Twelve."},
+        {"role": "user", "content": "And with one more?"},
+    ],
+    [{"role": "user", "content": PROMPTS[2]}],
+]
+
+
+@dataclass
+class Saved:
+    """A saved adapter, and what the oracle says it generates."""
+
+    folder: Path
+    model: PeftModel
+    oracle: Oracle
+    plain: list[list[int]]  # new tokens for PROMPTS
+
+
+@dataclass
+class SavedChat:
+    """A saved adapter trained with the run in the prompt, its tokenizer beside it."""
+
+    folder: Path
+    expected: list[list[int]]  # new tokens for CHATS
+    prompts: list[list[int]]  # ids of CHATS, the run included
+
+
+@pytest.fixture(scope="module")
+def saved(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("adapter")
+    model = pair.model()
+    model.save_pretrained(folder)
+    oracle = Oracle.of(model, pair.base, pair.assistant, N)
+    plain = [oracle.generate(row, NEW) for row in pair.rows(PROMPTS)]
+    for row, expected in zip(pair.rows(PROMPTS), plain, strict=True):
+        assert base_tokens(oracle.base, row) != expected  # thoughts change every answer, so a lost adapter is seen
+    return Saved(folder, model, oracle, plain)
+
+
+@pytest.fixture(scope="module")
+def chat(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> SavedChat:
+    folder = tmp_path_factory.mktemp("chat_adapter")
+    model = pair.model(thought_token="<thought>", placement="thought_token")
+    model.save_pretrained(folder)
+    with_thought_tokens(pair.tokenizer, model.peft_config["default"]).save_pretrained(folder)
+    oracle = Oracle.of(model, pair.base, pair.assistant, N)
+    # The base's template by hand, with the run at the end of the last user turn.
+    last_turns = [PROMPTS[0], "And with one more?", PROMPTS[2]]
+    openings = [
+        "<|user|>",
+        f"<|system|>Be brief.<|end|><|user|>{PROMPTS[1]}<|end|><|assistant|>Twelve.<|end|><|user|>",
+        "<|user|>",
+    ]
+    before = pair.rows([opening + turn for opening, turn in zip(openings, last_turns, strict=True)])
+    [after, [run]] = pair.rows(["<|end|><|assistant|>", "<thought>"])
+    expected = [oracle.generate(row, NEW, after) for row in before]
+    assert all(base_tokens(oracle.base, row + after) != new for row, new in zip(before, expected, strict=True))
+    return SavedChat(folder, expected, [row + [run] * N + after for row in before])
+
+
+def base_tokens(base: PreTrainedModel, row: list[int]) -> list[int]:
+    """What the plain base generates."""
+    output = base.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)
+    return new_tokens(output, len(row))[0]
+
+
+def new_tokens(sequences: Tensor, length: int) -> list[list[int]]:
+    """New ids of every row up to and with EOS; nothing but padding may follow it."""
+    rows = []
+    for row in sequences[:, length:].tolist():
+        end = row.index(EOS) + 1 if EOS in row else len(row)
+        assert set(row[end:]) <= {PAD}
+        rows.append(row[:end])
+    return rows
+
+
+def generated(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[int]]:
+    """Greedy new tokens of a batch; the caller's prompts must come back in front of them."""
+    output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(output[:, :length], inputs["input_ids"])
+    return new_tokens(output, length)
+
+
+# Routes from a saved folder to a model
+
+
+def from_peft(pair: Pair, folder: Path) -> nn.Module:
+    return PeftModel.from_pretrained(pair.load_base(), folder).eval()
+
+
+def from_peft_low_memory(pair: Pair, folder: Path) -> nn.Module:
+    return PeftModel.from_pretrained(pair.load_base(), folder, low_cpu_mem_usage=True).eval()
+
+
+def from_auto_peft(pair: Pair, folder: Path) -> nn.Module:
+    return AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+
+
+def from_load_adapter(pair: Pair, folder: Path) -> nn.Module:
+    base = pair.load_base()
+    base.load_adapter(str(folder))
+    return base
+
+
+def from_auto_model(pair: Pair, folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def from_second_adapter(pair: Pair, folder: Path) -> nn.Module:
+    torch.manual_seed(7)
+    model = get_peft_model(pair.load_base(), pair.config(num_thought_tokens=2))
+    model.load_adapter(folder, adapter_name="second")
+    model.set_adapter("second")
+    return model.eval()
+
+
+def from_injection(pair: Pair, folder: Path) -> nn.Module:
+    base = inject_adapter_in_model(PeftConfig.from_pretrained(folder), pair.load_base())
+    weights = {f"model.embed_tokens.{name}": value for name, value in projection_in(folder).items()}
+    renamed = {name.replace("projection.", "projection.default."): value for name, value in weights.items()}
+    assert not base.load_state_dict(renamed, strict=False).unexpected_keys
+    return base
+
+
+Route = Callable[[Pair, Path], nn.Module]
+ROUTES: list[Route] = [
+    from_peft,
+    from_peft_low_memory,
+    from_auto_peft,
+    from_load_adapter,
+    from_auto_model,
+    from_second_adapter,
+    from_injection,
+]
+PIPELINE_ROUTES: list[Route] = [from_peft, from_load_adapter]
+
+
+def projection_in(folder: Path) -> dict[str, Tensor]:
+    """The saved tensors under the names of the layer."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {re.sub(r".*embed_tokens\.", "", name): tensor for name, tensor in tensors.items()}
+
+
+def name_of(route: object) -> str:
+    return getattr(route, "__name__", str(route))
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=name_of)
+def test_route_generates_the_oracles_tokens(route: Route, pair: Pair, saved: Saved) -> None:
+    model = route(pair, saved.folder)
+    passes: list[bool] = []
+    assistant = model.get_input_embeddings().active_reader().assistant.backbone(torch.device("cpu"))
+    hook = assistant.register_forward_hook(lambda module, args, output: passes.append(module.training))
+    singles = [generated(model, pair.batch([text]))[0] for text in PROMPTS]
+    assert singles == saved.plain
+    for side in ("left", "right"):
+        assert generated(model, pair.batch(PROMPTS, side)) == saved.plain
+    hook.remove()
+    assert passes == [False] * (len(PROMPTS) + 2)  # one per call of `generate`, none while decoding
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=name_of)
+def test_route_gives_the_oracles_loss_and_logits(route: Route, pair: Pair, saved: Saved) -> None:
+    model = route(pair, saved.folder)
+    [prompt, response] = pair.rows([PROMPTS[0], " Twenty eight."])
+    ids = torch.tensor([prompt + response])
+    labels = torch.tensor([[-100] * len(prompt) + response])
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=labels)
+        rows = saved.oracle.logits(prompt, response)
+        loss = saved.oracle.loss(prompt, response)
+    torch.testing.assert_close(output.loss, loss, atol=1e-5, rtol=0)
+    users = torch.cat([rows[: len(prompt) - 1], rows[len(prompt) - 1 + N :]])
+    torch.testing.assert_close(output.logits[0], users, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=name_of)
+def test_route_to_chat_prompts_generates_the_oracles_tokens(route: Route, pair: Pair, chat: SavedChat) -> None:
+    model = route(pair, chat.folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat.folder)
+    arguments = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    for messages, expected, prompt in zip(CHATS, chat.expected, chat.prompts, strict=True):
+        inputs = dict(tokenizer.apply_chat_template(messages, **arguments))
+        assert inputs["input_ids"].tolist() == [prompt]
+        assert generated(model, inputs) == [expected]
+    batch = dict(tokenizer.apply_chat_template(CHATS, padding=True, **arguments))
+    assert generated(model, batch) == chat.expected
+
+
+# Pipelines
+
+
+def pipeline_tokens(outputs: list[list[dict[str, list[int]]]], prompts: list[list[int]]) -> list[list[int]]:
+    """New ids from a pipeline's `return_tensors=True`, its prompts checked."""
+    rows = []
+    for [output], prompt in zip(outputs, prompts, strict=True):
+        ids = output["generated_token_ids"]
+        padding = next(column for column, token in enumerate(ids) if token != PAD)
+        assert ids[padding : padding + len(prompt)] == prompt
+        rows += new_tokens(torch.tensor([ids]), padding + len(prompt))
+    return rows
+
+
+def check_pipeline(generator: Callable[..., object], inputs: list, prompts: list, expected: list, pair: Pair) -> None:
+    """One by one, as a list, in batches; tokens and text."""
+    arguments = {"max_new_tokens": NEW, "do_sample": False}
+    for batch_size in (1, 2):
+        tokens = generator(inputs, return_tensors=True, batch_size=batch_size, **arguments)
+        assert pipeline_tokens(tokens, prompts) == expected
+    texts = generator(inputs, return_full_text=False, batch_size=2, **arguments)
+    expected_texts = [pair.tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+    assert [output["generated_text"] for [output] in texts] == expected_texts
+    [single] = generator(inputs[0], return_full_text=False, **arguments)
+    assert single["generated_text"] == expected_texts[0]
+
+
+@pytest.mark.parametrize("route", PIPELINE_ROUTES, ids=name_of)
+def test_pipeline_over_a_model_generates_the_oracles_tokens(route: Route, pair: Pair, saved: Saved) -> None:
+    generator = pipeline("text-generation", model=route(pair, saved.folder), tokenizer=pair.tokenizer)
+    check_pipeline(generator, PROMPTS, pair.rows(PROMPTS), saved.plain, pair)
+
+
+def test_pipeline_over_the_adapters_folder_generates_the_oracles_tokens(pair: Pair, saved: Saved) -> None:
+    generator = pipeline("text-generation", model=str(saved.folder), tokenizer=pair.tokenizer)
+    check_pipeline(generator, PROMPTS, pair.rows(PROMPTS), saved.plain, pair)
+
+
+@pytest.mark.parametrize("route", PIPELINE_ROUTES, ids=name_of)
+def test_pipeline_over_a_model_places_thoughts_in_chats(route: Route, pair: Pair, chat: SavedChat) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat.folder)
+    generator = pipeline("text-generation", model=route(pair, chat.folder), tokenizer=tokenizer)
+    check_pipeline(generator, CHATS, chat.prompts, chat.expected, pair)
+
+
+def test_pipeline_over_the_adapters_folder_and_its_tokenizer_places_thoughts_in_chats(
+    pair: Pair, chat: SavedChat
+) -> None:
+    generator = pipeline("text-generation", model=str(chat.folder), tokenizer=str(chat.folder))
+    check_pipeline(generator, CHATS, chat.prompts, chat.expected, pair)
+    [conversation] = generator(CHATS[1], max_new_tokens=NEW, do_sample=False)
+    answer = pair.tokenizer.decode(chat.expected[1], skip_special_tokens=True)
+    assert conversation["generated_text"] == [*CHATS[1], {"role": "assistant", "content": answer}]
+
+
+def test_pipeline_without_the_adapters_tokenizer_never_answers_without_thoughts(chat: SavedChat) -> None:
+    generator = pipeline("text-generation", model=str(chat.folder))  # transformers 5.23 takes the base's tokenizer
+    with pytest.raises(ValueError, match="every prompt must hold a run of `thought_token`"):
+        generator(CHATS[0], max_new_tokens=NEW, do_sample=False)
+
+
+def test_pipeline_places_thoughts_after_the_generation_prompt_without_a_run(pair: Pair, saved: Saved) -> None:
+    prompts = pair.rows([f"<|user|>{text}<|end|><|assistant|>" for text in PROMPTS])
+    expected = [saved.oracle.generate(row, NEW) for row in prompts]
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    generator = pipeline("text-generation", model=str(saved.folder), tokenizer=pair.tokenizer)
+    check_pipeline(generator, chats, prompts, expected, pair)
+
+
+# Other ways to attach and to save
+
+
+def test_adapter_added_and_saved_with_transformers_is_the_same(pair: Pair, saved: Saved, tmp_path: Path) -> None:
+    base = pair.load_base()
+    torch.manual_seed(0)  # the fixture's weights
+    base.add_adapter(pair.config())
+    assert generated(base, pair.batch(PROMPTS)) == saved.plain
+    base.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    check_projection_alone(tmp_path)
+    for route in (from_peft, from_load_adapter, from_auto_model):
+        assert generated(route(pair, tmp_path), pair.batch(PROMPTS)) == saved.plain
+
+
+def test_named_adapters_live_in_subfolders(pair: Pair, saved: Saved, tmp_path: Path) -> None:
+    model = pair.model()
+    torch.manual_seed(1)
+    model.add_adapter("other", pair.config(num_thought_tokens=3))
+    model.set_adapter("other")
+    layer = model.get_input_embeddings()
+    projection = layer.softcot_projection["other"]
+    other = Oracle(pair.base, pair.assistant, projection.weight.detach(), projection.bias.detach(), 3)
+    expected = [other.generate(row, NEW) for row in pair.rows(PROMPTS)]
+    assert expected != saved.plain
+    assert generated(model, pair.batch(PROMPTS)) == expected
+    model.save_pretrained(tmp_path)
+    check_projection_alone(tmp_path)
+    check_projection_alone(tmp_path / "other")
+
+    loaded = PeftModel.from_pretrained(pair.load_base(), tmp_path, subfolder="other").eval()
+    assert generated(loaded, pair.batch(PROMPTS)) == expected
+    base = pair.load_base()
+    base.load_adapter(str(tmp_path))
+    base.load_adapter(str(tmp_path), adapter_name="other", adapter_kwargs={"subfolder": "other"})
+    base.set_adapter("other")
+    assert generated(base, pair.batch(PROMPTS)) == expected
+    base.set_adapter("default")
+    assert generated(base, pair.batch(PROMPTS)) == saved.plain
+    assert generated(from_auto_model(pair, tmp_path / "other"), pair.batch(PROMPTS)) == expected
+
+
+def test_saving_what_was_loaded_writes_the_same_adapter(pair: Pair, saved: Saved, tmp_path: Path) -> None:
+    for route in (from_peft, from_auto_peft, from_load_adapter):
+        folder = tmp_path / name_of(route)
+        route(pair, saved.folder).save_pretrained(folder)
+        again, first = projection_in(folder), projection_in(saved.folder)
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[name], first[name]) for name in first)
+        configs = [json.loads((path / "adapter_config.json").read_text()) for path in (folder, saved.folder)]
+        assert configs[0] == configs[1]
+
+
+# What is saved
+
+
+def check_projection_alone(folder: Path) -> None:
+    """The weights file holds the two tensors of the projection, and no bytes for anything else."""
+    file = folder / "adapter_model.safetensors"
+    tensors = projection_in(folder)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "softcot_projection.weight": (32, 24),
+        "softcot_projection.bias": (32,),
+    }
+    assert file.stat().st_size <= sum(tensor.nbytes for tensor in tensors.values()) + 4096
+
+
+def test_weights_file_holds_the_projection_alone(saved: Saved) -> None:
+    check_projection_alone(saved.folder)
+    layer = saved.model.get_input_embeddings()
+    for name, tensor in projection_in(saved.folder).items():
+        assert torch.equal(tensor, layer.softcot_projection["default"].state_dict()[name.split(".")[-1]])
+    assert {path.name for path in saved.folder.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+    }
+
+
+def test_adapter_config_holds_what_loading_needs(pair: Pair, chat: SavedChat) -> None:
+    stored = json.loads((chat.folder / "adapter_config.json").read_text())
+    needed = {
+        "peft_type": "SOFTCOT",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(pair.base),
+        "assistant_model_name_or_path": str(pair.assistant),
+        "assistant_revision": None,  # a folder has no commit
+        "assistant_hidden_size": 24,
+        "base_hidden_size": 32,
+        "num_thought_tokens": N,
+        "inference_num_thought_tokens": None,
+        "thought_token": "<thought>",
+        "placement": "thought_token",
+        "assistant_prompt": None,
+        "assistant_thought_token": None,
+        "softcot_peft_version": __version__,
+        "inference_mode": True,
+    }
+    assert {name: stored.get(name, "absent") for name in needed} == needed
+    loaded = PeftConfig.from_pretrained(chat.folder)
+    assert isinstance(loaded, SoftCoTConfig)
+
+
+def test_assistant_is_no_part_of_the_model_or_of_any_file(pair: Pair, tmp_path: Path) -> None:
+    model = pair.model()
+    generated(model, pair.batch(PROMPTS))  # loads the assistant
+    model.save_pretrained(tmp_path / "peft")
+    base = pair.load_base()
+    base.add_adapter(pair.config())
+    generated(base, pair.batch(PROMPTS))
+    base.save_pretrained(tmp_path / "transformers")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+
+    assistant = load_file(pair.assistant / "model.safetensors")
+    plain = pair.load_base()
+    own = {"base_layer.weight": "weight"}  # the wrapped embedding's name
+    for holder in (model, base):
+        expected = {name for name, _ in plain.named_parameters()}
+        found = {name.removeprefix("base_model.model.") for name, _ in holder.named_parameters()}
+        extra = {name for name in found if "softcot_" in name}
+        assert {name.replace(*next(iter(own.items()))) for name in found - extra} == expected
+        assert {name.rpartition("softcot_")[2] for name in extra} == {
+            "projection.default.weight",
+            "projection.default.bias",
+        }
+        assert holder.state_dict().keys() == {name for name, _ in holder.named_parameters()}
+        assert not any("qwen" in type(module).__name__.lower() for module in holder.modules())
+        assert not any("assistant" in name for name, _ in holder.named_modules())
+        check_free_of(holder.state_dict(), assistant)
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin", ".pth")]
+    assert len(files) == 3
+    for file in files:
+        check_free_of(load_file(file) if file.suffix == ".safetensors" else torch.load(file), assistant)
+
+
+def check_free_of(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """No tensor has the shape and values of one of the others, but for norms' ones and biases' zeros."""
+    for name, tensor in tensors.items():
+        for other_name, other in others.items():
+            if other.unique().numel() > 1:
+                assert not (tensor.shape == other.shape and torch.equal(tensor, other)), (name, other_name)
+
+
+def test_model_card_says_to_import_the_package_and_its_code_runs(pair: Pair, saved: Saved) -> None:
+    card = (saved.folder / "README.md").read_text(encoding="utf-8")
+    assert "import softcot_peft" in card
+    assert str(pair.base) in card
+    assert str(pair.assistant) in card
+    code = card.split("```python\n")[-1].split("```")[0]
+    names: dict[str, nn.Module] = {}
+    exec(code.replace("this repository or folder", str(saved.folder)), names)
+    assert generated(names["model"].eval(), pair.batch(PROMPTS)) == saved.plain
+
+
+def test_without_the_import_peft_says_that_it_does_not_know_the_method(pair: Pair, saved: Saved) -> None:
+    program = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, folder = sys.argv[1:]
+for load in (
+    lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
+    lambda: AutoModelForCausalLM.from_pretrained(base).load_adapter(folder),
+    lambda: AutoModelForCausalLM.from_pretrained(folder),
+):
+    try:
+        load()
+    except KeyError as error:
+        print(error)
+    else:
+        print("loaded")
+"""
+    command = [sys.executable, "-c", program, str(pair.base), str(saved.folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=saved.folder)
+    assert result.stdout.splitlines() == ["'SOFTCOT'"] * 3

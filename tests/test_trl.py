@@ -1,0 +1,231 @@
+"""TRL's `SFTTrainer(peft_config=SoftCoTConfig(...))`: its fused head, its data formats, and what it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUESTIONS, Pair
+from oracle import Oracle
+from peft import PeftModel
+from torch import Tensor
+from transformers import EvalPrediction, pipeline
+
+from softcot_peft import SoftCoTConfig, with_thought_tokens
+
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
+
+# TRL 1.16 turns it on by default, under the name that transformers 5.23 renames
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+
+N = 4
+IGNORED = -100
+ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
+RUN = {"thought_token": "<thought>", "placement": "thought_token"}
+
+Rows = list[tuple[list[int], list[int], list[int]]]  # ids before and after the thoughts, and the response
+
+
+def plain_data() -> Any:
+    """Prompt and completion as text."""
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    return datasets.Dataset.from_list(rows)
+
+
+def chat_data() -> Any:
+    """Prompt and completion as messages."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+        for prompt, answer in zip(QUESTIONS, ANSWERS, strict=True)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def plain_rows(pair: Pair) -> Rows:
+    """What TRL makes of the plain data: the completion ends with EOS."""
+    responses = pair.rows([answer + "<eos>" for answer in ANSWERS])
+    return [(prompt, [], response) for prompt, response in zip(pair.rows(QUESTIONS), responses, strict=True)]
+
+
+def chat_rows(pair: Pair, run: bool) -> Rows:
+    """What TRL makes of the messages, the base's template written by hand."""
+    header = pair.rows(["<|end|><|assistant|>"])[0]
+    befores = pair.rows([f"<|user|>{question}" for question in QUESTIONS])
+    responses = pair.rows([answer + "<|end|>" for answer in ANSWERS])
+    if run:
+        return [(before, header, response) for before, response in zip(befores, responses, strict=True)]
+    return [(before + header, [], response) for before, response in zip(befores, responses, strict=True)]
+
+
+def sft(pair: Pair, folder: Path, config: SoftCoTConfig, data: Any, tokenizer: Any = None, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 6e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    return trl.SFTTrainer(
+        model=pair.load_base(),
+        peft_config=config,
+        processing_class=tokenizer or pair.tokenizer,
+        args=trl.SFTConfig(**(defaults | changes)),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+
+
+def oracle_rows(oracle: Oracle, rows: Rows) -> list[Tensor]:
+    """Log-probabilities at the positions that predict the responses, one `(R, V)` per row."""
+    with torch.no_grad():
+        logits = [oracle.logits(before, after + response) for before, after, response in rows]
+    return [row[-len(response) - 1 : -1].log_softmax(-1) for row, (_, _, response) in zip(logits, rows, strict=True)]
+
+
+def oracle_loss(oracle: Oracle, rows: Rows) -> float:
+    predicted = oracle_rows(oracle, rows)
+    picked = [row[range(len(r)), r] for row, (_, _, r) in zip(predicted, rows, strict=True)]
+    return -float(torch.cat(picked).mean())
+
+
+def losses(run: Any) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_fused_head_lines_up_with_the_users_tokens(side: str, pair: Pair, tmp_path: Path) -> None:
+    run = sft(pair, tmp_path, pair.config(), plain_data())
+    model, rows = run.model.eval(), plain_rows(pair)
+    longest = max(len(before) + len(response) for before, _, response in rows)
+
+    def pad(row: list[int], value: int) -> list[int]:
+        fill = [value] * (longest - len(row))
+        return fill + row if side == "left" else row + fill
+
+    ids = [before + response for before, _, response in rows]
+    labels = [[IGNORED] * len(before) + response for before, _, response in rows]
+    batch = {
+        "input_ids": torch.tensor([pad(row, 0) for row in ids]),
+        "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
+        "labels": torch.tensor([pad(row, IGNORED) for row in labels]),
+    }
+    with torch.no_grad():
+        fused, plain = model(**batch, fused_lm_head=True), model(**batch)
+    shape = (len(rows), longest - 1)
+    for field in (fused.log_probs, fused.entropy, fused.is_top1, fused.label_mask):
+        assert field.shape == shape
+    predicted = batch["labels"][:, 1:]
+    assert torch.equal(fused.label_mask, predicted != IGNORED)
+    oracle = Oracle.of(model, pair.base, pair.assistant, N)
+    log_probs = oracle_rows(oracle, rows)
+    for row, (expected, (_, _, response)) in enumerate(zip(log_probs, rows, strict=True)):
+        here = fused.label_mask[row]
+        torch.testing.assert_close(
+            fused.log_probs[row, here], expected[range(len(response)), response], atol=1e-4, rtol=1e-5
+        )
+        entropy = -(expected.exp() * expected).sum(-1)
+        torch.testing.assert_close(fused.entropy[row, here], entropy, atol=1e-4, rtol=1e-4)
+        assert fused.is_top1[row, here].tolist() == (expected.argmax(-1) == torch.tensor(response)).tolist()
+        assert not fused.log_probs[row, ~here].any()
+    assert float(fused.loss) == pytest.approx(oracle_loss(oracle, rows), abs=1e-5)
+    assert float(fused.loss) == pytest.approx(float(plain.loss), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "messages with a run"])
+def test_sft_trains_on_the_oracles_loss_and_its_adapter_reloads(kind: str, pair: Pair, tmp_path: Path) -> None:
+    config = pair.config(**(RUN if kind == "messages with a run" else {}))
+    tokenizer = with_thought_tokens(pair.tokenizer, config) if kind == "messages with a run" else pair.tokenizer
+    data = plain_data() if kind == "text" else chat_data()
+    rows = plain_rows(pair) if kind == "text" else chat_rows(pair, run=kind == "messages with a run")
+    run = sft(pair, tmp_path, config, data, tokenizer, max_steps=12)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    first = oracle_loss(Oracle.of(run.model, pair.base, pair.assistant, N), rows)
+    run.train()
+    assert losses(run)[0] == pytest.approx(first, abs=1e-4)
+    assert losses(run)[-1] < 0.9 * losses(run)[0]
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("softcot_" not in name)
+
+    oracle = Oracle.of(run.model, pair.base, pair.assistant, N)
+    assert run.evaluate()["eval_loss"] == pytest.approx(oracle_loss(oracle, rows), abs=1e-5)
+    run.save_model(str(tmp_path))
+    loaded = PeftModel.from_pretrained(pair.load_base(), tmp_path).eval()
+    for prompt, after, _ in rows[:2]:
+        ids = torch.tensor([prompt + ([tokenizer.get_vocab()["<thought>"]] * N if after else []) + after])
+        expected = oracle.generate(prompt, 6, after)
+        for model in (run.model.eval(), loaded):
+            assert model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist() == expected
+    if kind != "text":
+        generator = pipeline("text-generation", str(tmp_path), tokenizer=str(tmp_path))  # TRL saved it there
+        prompt, after, _ = rows[0]
+        messages = [{"role": "user", "content": QUESTIONS[0]}]
+        [output] = generator(messages, max_new_tokens=6, do_sample=False, return_tensors=True)
+        new = oracle.generate(prompt, 6, after)
+        assert output["generated_token_ids"][-len(new) :] == new
+
+
+def test_sft_runs_the_assistant_once_per_forward_pass(pair: Pair, tmp_path: Path) -> None:
+    run = sft(
+        pair, tmp_path, pair.config(), plain_data(), gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )
+    reader = run.model.get_input_embeddings().softcot_reader["default"]
+    passes: list[bool] = []
+    backbone = reader.assistant.backbone(torch.device("cpu"))
+    hook = backbone.register_forward_hook(lambda module, args, output: passes.append(module.training))
+    run.train()
+    hook.remove()
+    assert passes == [False] * 4
+
+
+# TRL's own: it will not compute logits for `compute_metrics` any more in 2.0
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_compute_metrics_sees_the_users_tokens_with_the_run_in_the_prompt(pair: Pair, tmp_path: Path) -> None:
+    config = pair.config(**RUN)
+    run = sft(pair, tmp_path, config, chat_data(), with_thought_tokens(pair.tokenizer, config))
+    seen: list[EvalPrediction] = []
+    run.compute_metrics = lambda prediction: seen.append(prediction) or {}
+    run.evaluate()
+    oracle = Oracle.of(run.model, pair.base, pair.assistant, N)
+    rows = chat_rows(pair, run=True)
+    predicted = torch.tensor(seen[0].predictions).log_softmax(-1)
+    for row, labels, expected in zip(predicted, seen[0].label_ids, oracle_rows(oracle, rows), strict=True):
+        first, *_, last = (column for column, label in enumerate(labels) if label != IGNORED)
+        torch.testing.assert_close(row[first - 1 : last], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_texts_without_a_prompt_are_refused(pair: Pair, tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([{"text": question} for question in QUESTIONS])
+    run = sft(pair, tmp_path, pair.config(), data)
+    with pytest.raises(ValueError, match="train on prompt and completion"):
+        run.train()
+
+
+PACKED: list[dict[str, Any]] = [
+    {"packing": True},
+    {"packing": True, "packing_strategy": "bfd_split"},
+    {"padding_free": True, "max_length": None},
+]
+
+
+# TRL's own: packing and padding-free want flash attention, which a CPU does not have
+@pytest.mark.filterwarnings("ignore:.*(packing|[Pp]adding-free|flash):UserWarning")
+@pytest.mark.parametrize("options", PACKED, ids=["packing", "packing with splits", "padding-free"])
+def test_packed_batches_are_refused(options: dict[str, Any], pair: Pair, tmp_path: Path) -> None:
+    run = sft(pair, tmp_path, pair.config(), plain_data(), **options)
+    with pytest.raises(ValueError, match="packed or padding-free"):
+        run.train()
