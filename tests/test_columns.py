@@ -1,0 +1,128 @@
+"""The pure tensor functions against the same thing written with lists, on random shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from softcot_peft.columns import insert, insert_positions, restore, restore_keys, take
+from softcot_peft.placement import Placement, align_left, locate, positions, prompts, trailing
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids `(B, L)`, a start per row and N."""
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    start = draw(st.lists(st.integers(1, length), min_size=batch, max_size=batch))
+    return torch.arange(1, batch * length + 1).view(batch, length), torch.tensor(start), draw(st.integers(1, 5))
+
+
+def with_list(row: list, start: int, middle: list) -> list:
+    return row[:start] + middle + row[start:]
+
+
+@given(rows())
+def test_insert_is_list_insertion(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    ids, start, num = case
+    want = [with_list(row, at, [-7] * num) for row, at in zip(ids.tolist(), start.tolist(), strict=True)]
+    assert insert(ids, start, num, -7).tolist() == want
+    embeddings = ids[..., None] * torch.tensor([1.0, -1.0])
+    thoughts = torch.randn(len(ids), num, 2)
+    placed = insert(embeddings, start, num, thoughts)
+    for row, at in enumerate(start.tolist()):
+        assert torch.equal(placed[row, at : at + num], thoughts[row])
+        assert torch.equal(torch.cat([placed[row, :at], placed[row, at + num :]]), embeddings[row])
+
+
+@given(rows())
+def test_inserted_positions_go_on_counting(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    ids, start, num = case
+    length = ids.shape[1]
+    counted = torch.arange(3, length + 3)[None]
+    assert insert_positions(counted, start, num).tolist() == [list(range(3, length + num + 3))] * len(ids)
+    several = insert_positions(counted.expand(3, len(ids), -1), start, num)  # multimodal rotary embeddings have three
+    assert several.shape == (3, len(ids), length + num)
+
+
+@given(rows())
+def test_restore_undoes_insert_row_by_row(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    ids, start, num = case
+    batch, length = ids.shape
+    placed = length + num
+    logits = torch.arange(batch * placed).view(batch, placed, 1).expand(-1, -1, 3).float()
+    attention = torch.arange(batch * placed * placed).view(batch, 1, placed, placed).float()
+    output = CausalLMOutputWithPast(
+        loss=torch.tensor(1.0), logits=logits, hidden_states=(logits * 2,), attentions=(attention,)
+    )
+    restored = restore(output, start, num, length)
+    assert restored.loss == 1.0
+    for row, at in enumerate(start.tolist()):
+        # the row of the last prompt token is the row of the last thought
+        kept = [*range(at - 1), at + num - 1, *range(at + num, placed)]
+        keys = [*range(at), *range(at + num, placed)]
+        assert torch.equal(restored.logits[row], logits[row, kept])
+        assert torch.equal(restored.hidden_states[0][row], 2 * logits[row, kept])
+        assert torch.equal(restored.attentions[0][row, 0], attention[row, 0][kept][:, keys])
+        shifted = restore({"log_probs": logits[:, :-1, 0]}, start, num, length)["log_probs"]
+        assert torch.equal(shifted[row], logits[row, kept[:-1], 0])
+        routed = restore((logits.flatten(0, 1),), start, num, length)[0].view(batch, length, 3)
+        assert torch.equal(routed[row], logits[row, kept])
+
+
+@given(rows(), st.integers(0, 4))
+def test_restored_keys_lack_the_thoughts(case: tuple[torch.Tensor, torch.Tensor, int], later: int) -> None:
+    ids, start, num = case
+    total = ids.shape[1] + num + later
+    attention = torch.arange(total).expand(len(ids), 2, 1, total)
+    restored = restore_keys((attention,), start, num)[0]
+    for row, at in enumerate(start.tolist()):
+        assert restored[row, 1, 0].tolist() == [*range(at), *range(at + num, total)]
+
+
+@given(rows(), st.data())
+def test_prompts_are_what_is_attended_before_the_thoughts(
+    case: tuple[torch.Tensor, torch.Tensor, int], data: st.DataObject
+) -> None:
+    ids, start, num = case
+    length = ids.shape[1]
+    left = [data.draw(st.integers(0, at - 1)) for at in start.tolist()]
+    mask = (torch.arange(length) >= torch.tensor(left)[:, None]).long()
+    placement = Placement(start, num, True, mask, True, int(start.max()))
+    prompt, prompt_mask = prompts(ids, placement)
+    assert prompt.shape == prompt_mask.shape == (len(ids), int(start.max()))
+    for row, (first, at) in enumerate(zip(left, start.tolist(), strict=True)):
+        assert prompt[row][prompt_mask[row].bool()].tolist() == ids[row, first:at].tolist()
+        assert prompt_mask[row, -1] == 1
+
+
+@given(rows())
+def test_aligned_rows_end_in_the_last_column(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    ids, start, _ = case
+    mask = (torch.arange(ids.shape[1]) < start[:, None]).long()  # right padding
+    assert trailing(mask).tolist() == (ids.shape[1] - start).tolist()
+    for row, at in enumerate(start.tolist()):
+        assert align_left(ids, mask)[row, -at:].tolist() == ids[row, :at].tolist()
+    aligned = align_left(mask, mask)
+    assert aligned[:, -1].all()
+    assert positions(aligned)[:, -1].tolist() == (start - 1).tolist()
+
+
+@given(rows(), st.booleans())
+def test_locate_with_labels_is_the_first_label(case: tuple[torch.Tensor, torch.Tensor, int], padded: bool) -> None:
+    ids, start, num = case
+    labels = torch.where(torch.arange(ids.shape[1]) >= start[:, None], ids, -100)
+    if (start == ids.shape[1]).any():
+        with pytest.raises(ValueError, match="at least one label"):
+            locate(ids, None, labels, num)
+        return
+    placement = locate(ids, torch.ones_like(ids) if padded else None, labels, num)
+    assert torch.equal(placement.start, start)
+    assert (placement.num_thoughts, placement.inserted, placement.padded) == (num, True, False)
+
+
+def test_take_picks_columns_of_every_row() -> None:
+    values = torch.arange(12).view(2, 3, 2)
+    assert take(values, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
