@@ -1,6 +1,6 @@
 r"""Make a tiny base and a tiny assistant from the text of a GSM8K-like file, to run `train_gsm8k.py` without the Hub.
 
-    python examples/make_tiny_pair.py --train-file gsm8k/train.jsonl --out runs/pair
+python examples/make_tiny_pair.py --train-file gsm8k/train.jsonl --out runs/pair
 """
 
 from __future__ import annotations

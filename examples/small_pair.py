@@ -80,9 +80,7 @@ def draw(rng: random.Random, held_out: bool = False) -> str:
             return expression
 
 
-def problems(
-    count: int, seed: int, *, worded: bool = True, held_out: bool = False
-) -> list[dict[str, str]]:
+def problems(count: int, seed: int, *, worded: bool = True, held_out: bool = False) -> list[dict[str, str]]:
     """Draw problems, as dicts with ``prompt``, ``response`` and ``expression`` (the digits)."""
     rng = random.Random(seed)
     drawn = [draw(rng, held_out) for _ in range(count)]
@@ -96,9 +94,7 @@ def problems(
     ]
 
 
-def make_tokenizer(
-    vocabulary: list[str], pad: str, unk: str, eos: str, others: list[str]
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: list[str], pad: str, unk: str, eos: str, others: list[str]) -> PreTrainedTokenizerFast:
     """A tokenizer for whole words, each with the space before it, and single characters."""
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unk))
@@ -193,9 +189,7 @@ def base_batch(
     return {"inputs_embeds": embeddings, "labels": labels}
 
 
-def assistant_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 64
-) -> dict[str, torch.Tensor]:
+def assistant_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 64) -> dict[str, torch.Tensor]:
     """Training examples for the assistant; three in four hide its own output behind unk."""
     drawn = [draw(rng) for _ in range(size)]
     sources = [tokenizer.encode(f"Q: {in_words(expression)}?") for expression in drawn]

@@ -40,8 +40,9 @@ def with_thought_tokens(
 ) -> _T:
     """Copy a tokenizer so that its chat template writes the run of thought tokens by itself.
 
-    Save it beside the adapter, and chat pipelines place thoughts as in training. The run has
-    `config.num_thought_tokens` tokens; `apply_chat_template(..., num_thought_tokens=4)` writes another number.
+    Save it beside the adapter, and pass it to chat pipelines (`pipeline(..., tokenizer="my-adapter")`), which then
+    place thoughts as in training. The run has `config.num_thought_tokens` tokens;
+    `apply_chat_template(..., num_thought_tokens=4)` writes another number.
 
     Args:
         tokenizer: The base's tokenizer, with a chat template.

@@ -145,20 +145,21 @@ class ThoughtHooks:
         own = forward_inputs.pop_own(inputs)
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
-        self._warn_unlabelled(inputs, placement)
+        self._warn_unread(inputs, placement)
         thoughts = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
         if placement.padded and self.takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         return self._place(inputs, placement, thoughts, reader)
 
-    def _warn_unlabelled(self, inputs: dict[str, Any], placement: Placement) -> None:
-        """Warn where training would leave the thoughts unread."""
+    def _warn_unread(self, inputs: dict[str, Any], placement: Placement) -> None:
+        """Warn where no row of the logits but the last would read the thoughts."""
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
-        if self.model.training and placement.inserted and not labelled:
+        if placement.inserted and not labelled and inputs.get("logits_to_keep") != 1:
             warnings.warn(
-                "`labels` must be given in training mode for thoughts to stand before the response, got none: they "
-                "stand after the last token, and no response reads them. If the loss is computed outside of the model "
-                "(label smoothing, `compute_loss_func`), write a run of `thought_token` into the prompts.",
+                "Without `labels`, thoughts stand after the last token of each row, and the logits of all rows before "
+                "are the plain base's. If a response is among the tokens (a loss or log-likelihoods computed outside "
+                "of the model, label smoothing), write a run of `thought_token` before it. If only the next token is "
+                "wanted, pass `logits_to_keep=1`.",
                 stacklevel=2,
             )
 

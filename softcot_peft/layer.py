@@ -73,6 +73,12 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         self.softcot_reader[adapter_name] = reader
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the base's dtype, which rounds what `low_cpu_mem_usage=True` has just loaded.
+        device, projection = device or self.weight.device, self.softcot_projection[adapter_name]
+        if torch.device("meta") not in (device, projection.weight.device):
+            projection.to(device)
+
     def active_reader(self) -> PromptReader | None:
         """The reader of the active adapter; `None` when adapters are disabled or there is none.
 

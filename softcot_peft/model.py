@@ -77,8 +77,8 @@ class SoftCoTModel(BaseTuner):
         layer.update_layer(adapter_name, reader)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        elif layer.softcot_projection[adapter_name].weight.device.type != "meta":  # else loading fills and places it
-            layer.softcot_projection[adapter_name].to(layer.weight.device)
+        else:
+            layer._move_adapter_to_device_of_base_layer(adapter_name)
         if _HOOKS not in self.model.__dict__:
             setattr(self.model, _HOOKS, ThoughtHooks(self.model, layer))
 

@@ -124,8 +124,8 @@ def locate(
     if run_required and not num_run:
         raise ValueError(
             "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. "
-            "The adapter was trained with the run in the prompt: write it there, or let the tokenizer of "
-            "`with_thought_tokens` do it."
+            "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
+            "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
         )
     return Placement(start, num_run or num_thoughts, not num_run, attention_mask, bool(padded), latest)
 

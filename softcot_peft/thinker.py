@@ -101,7 +101,10 @@ class Thinker:
                     f"the same shape, got {tuple(ids.shape)} and {tuple(mask.shape)}. Make one row per prompt, padded "
                     "on the left."
                 )
-        return self.layer.soft_thoughts(reader.assistant.hidden_states(ids, mask, num, self.layer.weight.device))
+        device = self.layer.weight.device
+        if device.type == "meta":  # offloaded; accelerate brings it to where the inputs are
+            device = placement.start.device
+        return self.layer.soft_thoughts(reader.assistant.hidden_states(ids, mask, num, device))
 
     def filler(self, reader: PromptReader) -> int:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""

@@ -367,7 +367,9 @@ def test_no_gradient_reaches_the_assistant(pair: Pair, given: bool) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
-    assert all(p.grad is None for p in assistant_of(model).backbone(torch.device("cpu")).parameters())
+    frozen = list(assistant_of(model).backbone(torch.device("cpu")).parameters())
+    assert all(p.grad is None for p in frozen)
+    assert {p.requires_grad for p in frozen} == {given}  # a given model is not changed
 
 
 # Loading
@@ -430,14 +432,15 @@ def test_weights_that_are_no_safetensors_are_refused(pair: Pair, tmp_path: Path)
 
 _EVIL = """
 from pathlib import Path
-Path(__file__).with_name("ran").touch()
+Path({mark!r}).touch()
 from transformers import Qwen2Config as Config, Qwen2ForCausalLM as Model, PreTrainedTokenizerFast as OwnTokenizer
 """
 
 
 def _with_code(pair: Pair, folder: Path, model_type: str) -> Path:
     shutil.copytree(pair.assistant, folder)
-    (folder / "evil.py").write_text(_EVIL, encoding="utf-8")
+    code = _EVIL.format(mark=str(folder / "ran"))
+    (folder / "evil.py").write_text(code, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoModel": "evil.Model"}
     changed = config | {"model_type": model_type, "auto_map": auto_map}
@@ -446,7 +449,7 @@ def _with_code(pair: Pair, folder: Path, model_type: str) -> Path:
     changed = config | {"auto_map": {"AutoTokenizer": [None, "evil.OwnTokenizer"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(changed), encoding="utf-8")
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(_EVIL, encoding="utf-8")
+    (folder / "custom_generate" / "generate.py").write_text(code, encoding="utf-8")
     return folder
 
 

@@ -124,7 +124,9 @@ class TestLine1WhereThoughtsGo:
 
     def test_automatic_without_labels_after_the_last_token(self, pair: Pair, model: PeftModel, oracle: Oracle) -> None:
         (row,) = pair.rows(QUESTIONS[:1])
-        logits = model(torch.tensor([row])).logits
+        with pytest.warns(UserWarning, match="Without `labels`"):
+            logits = model(torch.tensor([row])).logits
+        assert torch.equal(logits[:, -1:], model(torch.tensor([row]), logits_to_keep=1).logits)
         torch.testing.assert_close(logits[0, -1], oracle.logits(row, [])[-1], atol=1e-5, rtol=1e-5)
 
     @SIDES
@@ -477,7 +479,8 @@ class TestLine5Invariance:
         mask = batch["attention_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         with torch.no_grad():
-            output = model(**batch, use_cache=True)
+            with pytest.warns(UserWarning, match="Without `labels`"):  # right-padded rows end in other columns
+                output = model(**batch, use_cache=True)
             token = output.logits[torch.arange(4), last].argmax(-1)
             tokens = [token]
             for _ in range(NEW - 1):

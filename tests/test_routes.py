@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +217,35 @@ def test_route_to_chat_prompts_generates_the_oracles_tokens(route: Route, pair: 
         assert generated(model, inputs) == [expected]
     batch = dict(tokenizer.apply_chat_template(CHATS, padding=True, **arguments))
     assert generated(model, batch) == chat.expected
+
+
+@pytest.fixture(scope="module")
+def half(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Path, list[list[int]]]:
+    """The pair with a bfloat16 base, an adapter saved from it, and the tokens it generated before that."""
+    root = tmp_path_factory.mktemp("half")
+    pair.load_base().to(torch.bfloat16).save_pretrained(root / "base")
+    pair.tokenizer.save_pretrained(root / "base")
+    half = replace(pair, base=root / "base")
+    model = half.model()
+    model.save_pretrained(root / "adapter")
+    return half, root / "adapter", generated(model, pair.batch(PROMPTS))
+
+
+@pytest.mark.parametrize(
+    "route",
+    ROUTES,
+    ids=[name_of(route) for route in ROUTES],
+)
+def test_route_to_a_bfloat16_base_keeps_the_saved_bits(route: Route, half: tuple[Pair, Path, list[list[int]]]) -> None:
+    pair, folder, expected = half
+    model = route(pair, folder)
+    layer = model.get_input_embeddings()
+    assert layer.weight.dtype == torch.bfloat16
+    loaded = layer.softcot_projection[layer.active_adapters[0]].state_dict()
+    for name, tensor in projection_in(folder).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(loaded[name.split(".")[-1]], tensor)
+    assert generated(model, pair.batch(PROMPTS)) == expected
 
 
 # Pipelines

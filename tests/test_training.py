@@ -457,7 +457,7 @@ def test_label_smoothing_works_with_the_run_in_the_prompt(pair: Pair, tmp_path: 
 
 def test_label_smoothing_without_a_run_is_not_silent(pair: Pair, tmp_path: Path) -> None:
     run = trainer(pair.model(), pair, tmp_path, label_smoothing_factor=0.1, max_steps=1)
-    with pytest.warns(UserWarning, match="no response reads them"):
+    with pytest.warns(UserWarning, match="Without `labels`"):
         run.train()
 
 
