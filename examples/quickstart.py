@@ -155,10 +155,9 @@ def main() -> None:
     print(f"\n{worded[0]['prompt']}  ->  {after[0].strip()}    (base alone: {before[0].strip()!r})\n")
     print(f"| right answers on {args.held_out} held-out problems each | worded | base's own, in digits |")
     print("| --- | --- | --- |")
-    print(f"| base alone | {share_right(before, worded):.1%} | {share_right(own, digits):.1%} |")
-    print(
-        f"| SoftCoT, adapter disabled for digits | {share_right(after, worded):.1%} | {share_right(own_after, digits):.1%} |\n"
-    )
+    for system, words, numbers in (("base alone", before, own), ("SoftCoT (disabled for digits)", after, own_after)):
+        print(f"| {system} | {share_right(words, worded):.1%} | {share_right(numbers, digits):.1%} |")
+    print()
     check(own_after == own, "adapter disabled: the base's own problems token for token as before")
     check(
         file.stat().st_size <= tensor_bytes + 4096,

@@ -168,6 +168,7 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
         logging_steps=0.05,  # of all steps
         save_strategy="epoch",
         save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
     )
     rows, collator = training_rows(tokenizer, args), DataCollatorForSeq2Seq(tokenizer)

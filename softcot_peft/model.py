@@ -51,7 +51,10 @@ class SoftCoTModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"The base must be a transformers model, got {type(model).__name__}.")
-        check_decoder_lm(model.config, "The base", "SoftCoT works on models of `AutoModelForCausalLM`.")
+        remedy = "SoftCoT works on models of `AutoModelForCausalLM`."
+        check_decoder_lm(model.config, "The base", remedy)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"The base must have a language-modelling head, got {type(model).__name__}. {remedy}")
         embedding = model.get_input_embeddings()
         self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
 

@@ -94,7 +94,8 @@ def training_loss(model: nn.Module, pair: Pair) -> Tensor:
 
 
 def logits(model: nn.Module, pair: Pair) -> Tensor:
-    return model(**pair.batch(QUESTIONS)).logits
+    """Logits of the token after each question, `(B, V)`."""
+    return model(**pair.batch(QUESTIONS), logits_to_keep=1).logits[:, -1]
 
 
 def watch(model: PreTrainedModel, look: Callable[[nn.Module], Any]) -> list[Any]:
@@ -172,7 +173,7 @@ def test_the_assistant_of_a_revision_has_its_weights(pair: Pair, hub: str, revis
     model = pair.model(assistant_model_name_or_path=hub, assistant_revision=revision)
     folder = pair.assistant if revision is None else pair.chat_assistant
     expected = oracle_logits(Oracle.of(model, pair.base, folder, 4), pair)
-    torch.testing.assert_close(logits(model, pair)[:, -1], expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(logits(model, pair), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_a_given_model_keeps_the_revision_that_the_config_names(pair: Pair, hub: str, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_model_made_in_memory_is_used_under_its_given_name(pair: Pair, loads: 
     assert use_assistant(given, AutoTokenizer.from_pretrained(pair.assistant), name="in memory") == "in memory"
     loads.clear()
     model = pair.model(assistant_model_name_or_path="in memory")
-    found = logits(model, pair)[:, -1]
+    found = logits(model, pair)
     assert loads == [str(pair.base)]
     oracle = Oracle.of(model, pair.base, pair.assistant, 4)
     torch.testing.assert_close(found, oracle_logits(oracle, pair), atol=1e-3, rtol=1e-4)
@@ -257,7 +258,7 @@ def test_a_lora_tuned_assistant_counts_with_its_lora(pair: Pair, tmp_path: Path)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=64, init_lora_weights=False)
     tuned = get_peft_model(load_assistant(pair.assistant), lora)
     model = pair.model(assistant_model_name_or_path=give(tuned, pair))
-    found = logits(model, pair)[:, -1]
+    found = logits(model, pair)
 
     tuned.merge_and_unload().save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(pair.assistant).save_pretrained(tmp_path)
@@ -456,7 +457,7 @@ def _with_code(pair: Pair, folder: Path, model_type: str) -> Path:
 def test_code_beside_a_known_architecture_does_not_run(pair: Pair, tmp_path: Path) -> None:
     folder = _with_code(pair, tmp_path / "evil", "qwen2")
     model = pair.model(assistant_model_name_or_path=str(folder))
-    found = logits(model, pair)[:, -1]
+    found = logits(model, pair)
     expected = oracle_logits(Oracle.of(model, pair.base, folder, 4), pair)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert not list(tmp_path.rglob("ran"))

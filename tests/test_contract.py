@@ -126,7 +126,7 @@ class TestLine1WhereThoughtsGo:
         (row,) = pair.rows(QUESTIONS[:1])
         with pytest.warns(UserWarning, match="Without `labels`"):
             logits = model(torch.tensor([row])).logits
-        assert torch.equal(logits[:, -1:], model(torch.tensor([row]), logits_to_keep=1).logits)
+        torch.testing.assert_close(logits[:, -1:], model(torch.tensor([row]), logits_to_keep=1).logits)
         torch.testing.assert_close(logits[0, -1], oracle.logits(row, [])[-1], atol=1e-5, rtol=1e-5)
 
     @SIDES

@@ -86,7 +86,7 @@ def attach(pair: Pair, reading: Reading, **changes: object) -> PeftModel:
 def read(model: nn.Module, reading: Reading, batch: dict[str, Tensor]) -> list[list[int]]:
     """What the assistant reads for a batch; the same for `forward` and `generate`, in one pass each."""
     reading.inputs.clear()
-    model(**batch)
+    model(**batch, logits_to_keep=1)
     in_forward = reading.rows()
     model.generate(**batch, max_new_tokens=2)
     assert reading.rows() == in_forward
@@ -322,12 +322,14 @@ def test_rows_of_a_batch_are_read_as_they_are_alone(pair: Pair, twin: Reading, r
     assert len({len(row) for row in alone}) == 3
 
 
+# the logits of the last prompt tokens are looked at, and no others
+@pytest.mark.filterwarnings("ignore:Without `labels`, thoughts stand after:UserWarning")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_thought(pair: Pair, side: str) -> None:
     model = pair.model()
     oracle = Oracle.of(model, pair.base, pair.assistant, N)
     batch = pair.batch(TEXTS, side)
-    logits = model(**batch).logits
+    logits = model(**batch).logits  # all rows, since the last tokens of right-padded prompts stand apart
     for row, mask, ids in zip(logits, batch["attention_mask"], pair.rows(TEXTS), strict=True):
         torch.testing.assert_close(row[mask == 1][-1], oracle.logits(ids, [])[-1], atol=1e-3, rtol=1e-4)
 
@@ -407,7 +409,7 @@ def test_the_caller_s_own_input_is_read_as_it_is(pair: Pair, other: Reading) -> 
     ids = torch.tensor([[1, 1, 9, 8, 0, 7, 0, 7], [5, 6, 7, 8, 9, 10, 11, 12], [1, 9, 9, 9, 0, 0, 0, 0]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
     own = {"assistant_input_ids": ids, "assistant_attention_mask": mask}
-    model(**pair.batch(TEXTS), **own)
+    model(**pair.batch(TEXTS), **own, logits_to_keep=1)
     model.generate(**pair.batch(TEXTS), **own, max_new_tokens=2)
     model.generate(**pair.batch(TEXTS), assistant_input_ids=ids, max_new_tokens=2)
     assert [torch.equal(seen["input_ids"], ids) for seen in other.inputs] == [True] * 3
