@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--train-file", required=True, help="JSON-lines file of questions and answers")
     add("--out", required=True, type=Path, help="folder; the pair goes into its 'base' and 'assistant'")
-    add("--steps", type=int, default=250, help="pre-training steps of each model")
+    add("--steps", type=int, default=200, help="pre-training steps of each model")
     add("--batch-size", type=int, default=8)
     add("--vocab-size", type=int, default=2048, help="of the base; the assistant has half of it")
     add("--seed", type=int, default=0)

@@ -73,7 +73,7 @@ def draw(rng: random.Random, held_out: bool = False) -> str:
     """
     while True:
         a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
-        first, second = rng.choice("+-"), rng.choice("+-*")
+        first, second = rng.choice("+-"), rng.choice("+-**")
         expression = f"{a}{first}{b}{second}{c}"
         negative = first == "-" and a - b < (c if second == "-" else 0)
         if not negative and (zlib.crc32(expression.encode()) % 10 == 0) == held_out:
@@ -162,9 +162,11 @@ def base_batch(
 
     In the others a hint in digits stands where soft thoughts will stand, behind a question in
     words. That question is a *different problem* from the hint and the answer: reading words is
-    of no use to the base model, and so it never learns to. To make it accept vectors that are
-    only like a digit's embedding, hints are scaled (by 0.5 to 2) and get noise (of up to 1.5 times
-    the embeddings' spread); some of their vectors, and at times one behind them, are noise alone.
+    of no use to the base model, and so it never learns to.
+
+    Soft thoughts are only like a digit's embedding, and from a fresh linear layer they are much
+    larger. So hints get noise (up to 1.5 times the embeddings' spread) and are scaled (by 0.5 to
+    8); one in ten of their vectors, and often one more behind them, is noise alone.
     """
     unk, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
     sources, targets, hints = [], [], []
@@ -184,7 +186,7 @@ def base_batch(
     noise = torch.randn(embeddings.shape) * model.get_input_embeddings().weight.detach().std()
     level = 1.5 * torch.rand(size, 1, 1)
     noisy = torch.where((ids == unk)[..., None], noise, embeddings + level * noise)
-    scale = 2 ** (2 * torch.rand(size, 1, 1) - 1)
+    scale = 2 ** (4 * torch.rand(size, 1, 1) - 1)
     embeddings = torch.where(is_hint[..., None] == 1, scale * noisy, embeddings)
     return {"inputs_embeds": embeddings, "labels": labels}
 
@@ -259,6 +261,7 @@ def share_solved(folder: Path, examples: list[dict[str, str]]) -> float:
 
 
 def main() -> None:
+    """Make the pair, and say what its base can do alone."""
     parser = argparse.ArgumentParser(description="Make the small pair of models.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 # Names under which models take their cache: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23).
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -65,10 +68,26 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def commit_of(config: PretrainedConfig) -> str | None:
-    """The Hub commit a config came from; `None` for folders. Private in transformers, and its only record (5.23)."""
-    commit = getattr(config, "_commit_hash", None)
-    return commit if isinstance(commit, str) else None
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The Hub commit that a revision stands for; `None` for folders.
+
+    Read from where the config is in the Hub cache: configs do not record their commit any more (transformers 5.23).
+
+    Raises:
+        OSError: There is no config under this name.
+    """
+    if Path(name).is_dir():
+        return None
+    commit: str | None = extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
+    return commit
+
+
+def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has special tokens alone.
+
+    For some architectures (Qwen2, GPT-2) transformers 5 makes one where the folder holds no tokenizer at all.
+    """
+    return len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

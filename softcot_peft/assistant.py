@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ._compat import accepts, check_decoder_lm, commit_of, head_width, position_limit
+from ._compat import accepts, check_decoder_lm, commit_of, head_width, is_empty, position_limit
 from .placement import positions
 
 _REMEDY = "Name a decoder LM, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
@@ -80,6 +80,9 @@ class Assistant:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     self.name, revision=self.revision, trust_remote_code=False
                 )
+                if is_empty(self._tokenizer):
+                    self._tokenizer = None
+                    raise OSError("There are no tokenizer files.")
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it "
@@ -92,12 +95,21 @@ class Assistant:
 
         Args:
             device: Where the base's embeddings are.
+
+        Raises:
+            ValueError: The weights cannot be loaded.
         """
         backbone = self._backbone
         if backbone is None:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
-            )
+            try:
+                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                    self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
+                )
+            except OSError as error:
+                raise ValueError(
+                    f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
+                    "must be safetensors; pass a model loaded otherwise with `use_assistant`."
+                ) from error
             backbone = self._backbone = cast(PreTrainedModel, model.base_model)
             backbone.requires_grad_(False)
         if self._given is None and backbone.device != device:
@@ -153,7 +165,8 @@ def use_assistant(
     Args:
         model: A causal LM with its head, or a PEFT model of one.
         tokenizer: Its tokenizer. `None`: loaded from the name when it is needed.
-        name: The name by which configs refer to it. `None`: the model's own `name_or_path`.
+        name: The name by which configs refer to it. `None`: the model's own `name_or_path`; a PEFT model needs one of
+            its own, lest an adapter reload with the untuned model of its base's name.
 
     Returns:
         The name, for `SoftCoTConfig(assistant_model_name_or_path=...)`.
@@ -162,12 +175,22 @@ def use_assistant(
         TypeError: The model is not a transformers model.
         ValueError: It is not a decoder LM, or has no name.
     """
-    loaded = model.get_base_model() if isinstance(model, PeftModel) else model  # its adapter layers stay inside
+    loaded: nn.Module = model
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            if config.is_prompt_learning or config.peft_type == "SOFTCOT":
+                raise ValueError(
+                    f"`model` must be tuned in its layers to be an assistant, got {config.peft_type!s}, which acts "
+                    "outside of them and would be lost. Pass its base, or a LoRA-tuned model."
+                )
+        loaded = model.get_base_model()  # its adapter layers stay inside
     if not isinstance(loaded, PreTrainedModel):
         raise TypeError(f"`model` must be a loaded transformers model, got {type(loaded).__name__}.")
-    name = name or loaded.name_or_path
+    name = name or ("" if isinstance(model, PeftModel) else loaded.name_or_path)
     if not name:
-        raise ValueError("`name` must be given, since the model has no `name_or_path`. Pass `name='my-assistant'`.")
+        raise ValueError(
+            "`name` must be given, since the model has no `name_or_path` of its own. Pass `name='my-assistant'`."
+        )
     check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.")
     head_width(loaded)  # refuses a model without a head
     _given[name] = Assistant(name, loaded.config, model=loaded, tokenizer=tokenizer)
@@ -190,15 +213,18 @@ def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") 
     """
     if name in _given:
         return _given[name]
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`assistant_dtype` must be 'auto' or a dtype of torch, got {dtype!r}. Try 'bfloat16'.")
     try:
+        revision = commit_of(name, revision) or revision
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`assistant_model_name_or_path`: the assistant {name!r} cannot be loaded: {error} {_REMEDY}"
         ) from error
     check_decoder_lm(config, f"The assistant {name!r}", _REMEDY)
-    key = (name, commit_of(config) or revision, dtype)
+    key = (name, revision, dtype)
     assistant = _loaded.get(key)
     if assistant is None:
-        assistant = _loaded[key] = Assistant(name, config, revision=key[1], dtype=dtype)
+        assistant = _loaded[key] = Assistant(name, config, revision=revision, dtype=dtype)
     return assistant

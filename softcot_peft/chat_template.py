@@ -28,11 +28,11 @@ _USER_TURN = """\
         {{%- set softcot.messages = softcot.messages + [dict(message, content=message['content'] + softcot_part)] -%}}
     {{%- endif -%}}
 {{%- endfor -%}}
-{{%- set messages = softcot.messages -%}}
+{{%- set messages = softcot.messages %}}
 """
 
 _GENERATION_PROMPT = """\
-{{%- if add_generation_prompt -%}}{{{{- {token} * (num_thought_tokens | default({number})) -}}}}{{%- endif -%}}"""
+{{%+ if add_generation_prompt %}}{{{{ {token} * (num_thought_tokens | default({number})) }}}}{{% endif %}}"""
 
 
 def with_thought_tokens(
@@ -81,7 +81,7 @@ def with_thought_tokens(
     def change(template: str) -> str:
         if where == "user_turn":
             return _USER_TURN.format(**values) + template
-        return template + _GENERATION_PROMPT.format(**values)
+        return template.removesuffix("\n") + _GENERATION_PROMPT.format(**values)
 
     tokenizer = copy.deepcopy(tokenizer)
     if isinstance(tokenizer.chat_template, dict):

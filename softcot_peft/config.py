@@ -18,6 +18,7 @@ _TEXTS = (
     "assistant_thought_token",
     "tokenizer_name_or_path",
 )
+_FLAGS = ("assistant_shares_tokenizer", "init_weights")  # the first may be None
 _PLACEMENTS = ("prompt_end", "thought_token")
 
 
@@ -124,6 +125,10 @@ class SoftCoTConfig(PeftConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name != _FLAGS[0]):
+                raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
     def _check_values(self) -> None:
         if not self.assistant_model_name_or_path:

@@ -53,6 +53,14 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
             "`inputs_embeds` alone do not tell the assistant the prompt. Pass `input_ids` instead, or "
             "`assistant_input_ids` (and `assistant_attention_mask`), ending in the thought positions, as well."
         )
+    if own["assistant_attention_mask"] is not None and own["assistant_input_ids"] is None:
+        raise ValueError(
+            "`assistant_attention_mask` is the mask of `assistant_input_ids`, which were not given. Pass both or "
+            "neither."
+        )
+    ids = inputs.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() != 2:
+        raise ValueError(f"`input_ids` must have the shape (batch, tokens), got {tuple(ids.shape)}. Add the batch.")
     packed = [name for name in PACKED_NAMES if inputs.get(name) is not None]
     if packed:
         raise ValueError(
@@ -66,6 +74,15 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
             f"`attention_mask` must be the padding mask (batch, tokens), got {found}: thoughts cannot be placed under "
             "a ready-made mask. Pass the tokenizer's mask."
         )
+    for name in ("attention_mask", "labels", "shift_labels"):
+        value, expected = inputs.get(name), tokens(inputs).shape[:2]
+        if value is not None and value.shape != expected:
+            raise ValueError(
+                f"`{name}` must have the shape of the tokens, {tuple(expected)}, got {tuple(value.shape)}. Make one "
+                "value per token."
+            )
+    if tokens(inputs).shape[1] == 0:
+        raise ValueError("`input_ids` must hold a prompt, got no tokens. Thoughts need a prompt before them.")
     check_unpacked(inputs.get("position_ids"), mask)
 
 

@@ -51,6 +51,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         self.softcot_projection = nn.ModuleDict()
         # Not modules: PEFT saves, casts and counts every child of a tuner layer, and the assistant hangs on these.
         self.softcot_reader: dict[str, PromptReader] = {}
+        self.fresh: set[str] = set()  # adapters that never ran and were never loaded
         self._active_adapter = []
         self.merged_adapters = []
 
@@ -71,6 +72,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             reader.assistant.hidden_size, self.base_hidden_size, config.init_weights
         )
         self.softcot_reader[adapter_name] = reader
+        self.fresh.add(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -85,7 +87,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: Several adapters are active.
         """
-        names = self.active_adapters
+        names = self._active_names()
         if self.disable_adapters or not names:
             return None
         if len(names) > 1:
@@ -94,9 +96,14 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             )
         return self.softcot_reader[names[0]]
 
+    def _active_names(self) -> list[str]:
+        """The active adapters that are SoftCoT's; transformers' API names those of other methods on the base too."""
+        return [name for name in self.active_adapters if name in self.softcot_reader]
+
     def soft_thoughts(self, hidden: Tensor) -> Tensor:
         """Project the assistant's hidden states `(B, N, H_assistant)` with the active adapter to `(B, N, H_base)`."""
-        projected: Tensor = self.softcot_projection[self.active_adapters[0]](hidden)
+        self.fresh.discard(self._active_names()[0])
+        projected: Tensor = self.softcot_projection[self._active_names()[0]](hidden)
         return projected
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -57,6 +57,14 @@ class SoftCoTModel(BaseTuner):
             raise ValueError(f"The base must have a language-modelling head, got {type(model).__name__}. {remedy}")
         embedding = model.get_input_embeddings()
         self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As BaseTuner does it; an adapter that is refused leaves no config behind."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key == self._embedding_name
@@ -135,7 +143,7 @@ class SoftCoTModel(BaseTuner):
         assistant = layer.softcot_reader[adapter_name].assistant
         config.assistant_hidden_size = assistant.hidden_size
         config.base_hidden_size = layer.base_hidden_size
-        config.assistant_revision = assistant.revision
+        config.assistant_revision = assistant.revision or config.assistant_revision
         config.softcot_peft_version = __version__
         weights: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -150,11 +158,23 @@ class SoftCoTModel(BaseTuner):
         assistant_size, base_size = layer.softcot_reader[adapter_name].assistant.hidden_size, layer.base_hidden_size
         for key, weight in state_dict.items():
             if key.endswith("softcot_projection.weight") and weight.shape != (base_size, assistant_size):
+                _discard(model, adapter_name, layer)
                 raise ValueError(_misfit(weight.shape[1], weight.shape[0], assistant_size, base_size))
+        layer.fresh.discard(adapter_name)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         return remapped
+
+
+def _discard(model: nn.Module, adapter_name: str, layer: SoftCoTLayer) -> None:
+    """Take an adapter off again that was made to be loaded, and could not be."""
+    if not isinstance(model, PeftModel) or adapter_name not in layer.fresh:
+        return
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        cast(SoftCoTModel, model.base_model).unload()
 
 
 def _softcot_layer(model: nn.Module) -> SoftCoTLayer:

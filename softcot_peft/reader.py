@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ._compat import is_empty
 from .assistant import Assistant
 from .config import SoftCoTConfig
 
@@ -134,7 +135,10 @@ def _base_tokenizer(config: SoftCoTConfig, base_name: str | None) -> PreTrainedT
         raise ValueError(f"`tokenizer_name_or_path` must be given, since the base has no `name_or_path`. {remedy}")
     revision = config.revision if name == config.base_model_name_or_path else None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if is_empty(tokenizer):
+            raise OSError("There are no tokenizer files.")
+        return tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`tokenizer_name_or_path`: no tokenizer for the base can be loaded from {name!r}: {error} {remedy}"

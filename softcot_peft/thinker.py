@@ -101,6 +101,11 @@ class Thinker:
                     f"the same shape, got {tuple(ids.shape)} and {tuple(mask.shape)}. Make one row per prompt, padded "
                     "on the left."
                 )
+            if assistant_attention_mask is not None and (mask[:, -num:] == 0).any():
+                raise ValueError(
+                    f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
+                    "got 0 there. Pad on the left."
+                )
         device = self.layer.weight.device
         if device.type == "meta":  # offloaded; accelerate brings it to where the inputs are
             device = placement.start.device

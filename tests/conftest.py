@@ -23,10 +23,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from softcot_peft import SoftCoTConfig
@@ -109,9 +109,9 @@ def make_base(vocab_size: int, **changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_assistant(vocab_size: int) -> Qwen2ForCausalLM:
-    """Two Qwen2 layers of width 24."""
-    config = Qwen2Config(
+def make_assistant(vocab_size: int) -> Olmo2ForCausalLM:
+    """Two Olmo2 layers of width 24; a type whose tokenizer transformers loads as it was saved."""
+    config = Olmo2Config(
         vocab_size=vocab_size,
         hidden_size=24,
         intermediate_size=32,
@@ -125,7 +125,7 @@ def make_assistant(vocab_size: int) -> Qwen2ForCausalLM:
         eos_token_id=3,
         tie_word_embeddings=False,
     )
-    return Qwen2ForCausalLM(config)
+    return Olmo2ForCausalLM(config)
 
 
 @dataclass

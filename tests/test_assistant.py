@@ -255,7 +255,9 @@ def test_adapters_keep_the_model_they_were_attached_with(pair: Pair) -> None:
 
 
 def test_a_lora_tuned_assistant_counts_with_its_lora(pair: Pair, tmp_path: Path) -> None:
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=64, init_lora_weights=False)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=64, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+    )
     tuned = get_peft_model(load_assistant(pair.assistant), lora)
     model = pair.model(assistant_model_name_or_path=give(tuned, pair))
     found = logits(model, pair)
@@ -288,7 +290,7 @@ def test_a_model_that_is_no_transformers_model_is_refused() -> None:
 
 def test_a_model_without_a_head_is_refused(pair: Pair) -> None:
     backbone = load_assistant(pair.assistant).base_model
-    with pytest.raises(ValueError, match=r"causal LM with its head, got Qwen2Model.*AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=r"causal LM with its head, got Olmo2Model.*AutoModelForCausalLM"):
         use_assistant(backbone, name="backbone")
     classifier = LlamaForSequenceClassification(pair.load_base().config)
     with pytest.raises(ValueError, match=r"causal LM with its head, got LlamaForSequenceClassification"):
@@ -426,7 +428,7 @@ def test_weights_that_are_no_safetensors_are_refused(pair: Pair, tmp_path: Path)
     torch.save(load_assistant(pair.assistant).state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     AutoModelForCausalLM.from_pretrained(tmp_path / "pickled")  # which loads without the package
     model = pair.model(assistant_model_name_or_path=str(tmp_path / "pickled"))
-    with pytest.raises((OSError, ValueError), match=r"safetensors") as info:
+    with pytest.raises(ValueError, match=r"must be safetensors; .*use_assistant") as info:
         logits(model, pair)
     assert str(tmp_path / "pickled") in str(info.value)
 

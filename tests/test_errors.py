@@ -518,7 +518,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Pair], dict[str, Any]], list[str]]] = {
         ["`assistant_attention_mask`", "`assistant_input_ids`"],
     ),
     "a prompt too long for the assistant": (
-        lambda pair: pair.batch([QUESTIONS[0] * 12, QUESTIONS[1]]),
+        lambda pair: pair.batch(["a " * 260, QUESTIONS[1]]),
         ["assistant's 256 positions", f"+ {N} tokens", "Shorten the prompt"],
     ),
     "a prompt too long for the base": (
