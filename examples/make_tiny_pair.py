@@ -1,13 +1,23 @@
-r"""Make a tiny base and a tiny assistant from the text of a GSM8K-like file, to run `train_gsm8k.py` without the Hub.
+r"""Make a tiny base and a tiny assistant from the text of GSM8K, to run `train_gsm8k.py` where nothing can be fetched.
 
-python examples/make_tiny_pair.py --train-file gsm8k/train.jsonl --out runs/pair
+The two differ in family, size and tokenizer. The base learns the problems in the chat prompts of `train_gsm8k.py` and
+the answers with their calculator marks; SoftCoT then trains on answers without them. Both commands together take 5
+to 8 minutes on two cores (with `OMP_NUM_THREADS=1` if other programs use them too):
+
+    python examples/make_tiny_pair.py --train-file gsm8k/train.jsonl --out runs/pair
+    python examples/train_gsm8k.py --base runs/pair/base --assistant runs/pair/assistant \
+        --train-file gsm8k/train.jsonl --eval-file gsm8k/test.jsonl --output-dir runs/gsm8k \
+        --max-steps 150 --learning-rate 3e-3 --eval-batch-size 64 --max-new-tokens 160
+
+The loss falls, and the saved adapter writes what the trained one wrote. Models that have read a few hundred thousand
+tokens cannot reason, so both accuracies are about 0 %, by luck alone, and say nothing about SoftCoT.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +44,7 @@ BASE_TOKENS = ["<pad>", "<eos>", "<thought>", "<user>", "<assistant>", "<system>
 ASSISTANT_TOKENS = ["[pad]", "[eos]", "[unk]"]
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Make a tiny base and a tiny assistant.")
     add = parser.add_argument
@@ -128,10 +138,10 @@ def pretrain(model: PreTrainedModel, rows: list[list[int]], args: argparse.Names
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make, pre-train and save the pair."""
     args = parse_args(argv)
     set_seed(args.seed)

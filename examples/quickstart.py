@@ -3,13 +3,14 @@
 The base works out `12+34*5` but cannot read `twelve plus thirty four times five`; the assistant can read it but cannot
 work it out. One trained linear layer between them is all that is added. See `small_pair.py` for how the pair is made.
 
-    python examples/quickstart.py [--steps 800] [--output-dir runs/quickstart]
+    python examples/quickstart.py [--steps 600] [--output-dir runs/quickstart]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +106,23 @@ def check(holds: bool, what: str) -> None:
         raise SystemExit(f"quickstart: this should hold and does not: {what}")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--num-thought-tokens", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-2)
+    parser.add_argument("--num-thought-tokens", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=400, help="number of held-out problems of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pair", type=Path, default=HERE / "pair", help="folder of the pair; made if missing")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare, save, reload, ask."""
-    args, began = parse(), time.monotonic()
+    args, began = parse(argv), time.monotonic()
     set_seed(args.seed)
     base_folder, assistant_folder = load_or_make(args.pair)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)

@@ -81,9 +81,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
     """Read problems from a JSON-lines file, or from a split of a data set on the Hub."""
     if Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()][:limit]
-    from datasets import load_dataset
+        return [json.loads(line) for line in Path(source).read_bytes().splitlines() if line.strip()][:limit]
+    from datasets import load_dataset  # local files do not need it
 
     return list(load_dataset(source, "main", split=split))[:limit]
 
@@ -100,8 +99,7 @@ def final_number(text: str) -> Decimal | None:
 
 def is_correct(solution: str, reference: str) -> bool:
     """Exact match of the final numbers, as numbers: `$1,234.00` is `1234`."""
-    number = final_number(solution)
-    return number is not None and number == final_number(reference)
+    return (number := final_number(solution)) is not None and number == final_number(reference)
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, num_thoughts: int = 0) -> list[int]:
@@ -214,8 +212,7 @@ def evaluate(
 def check_saved(args: Namespace, tokenizer: Tokenizer, rows: list[Row], solutions: list[str]) -> None:
     """Load the saved adapter into a base loaded anew, and compare its solutions of one batch."""
     model = PeftModel.from_pretrained(load_base(args, tokenizer), args.output_dir).to(PartialState().device)
-    again = solve(model, tokenizer, rows, args.inference_thoughts, args.seed)
-    same = sum(map(str.__eq__, again, solutions))
+    same = sum(map(str.__eq__, solve(model, tokenizer, rows, args.inference_thoughts, args.seed), solutions))
     print(f"Adapter loaded again: {same} of {len(rows)} solutions of the first batch are the same")
     if same < len(rows):
         raise RuntimeError(f"The adapter in {args.output_dir!r} does not solve problems as the trained one did.")
