@@ -2,8 +2,7 @@ r"""Train a SoftCoT adapter on GSM8K, save it, compare it with its plain base, a
 
 With a pair and the data from the Hub, in the paper's recipe (arXiv 2502.12134):
 
-    python examples/train_gsm8k.py --base Qwen/Qwen2.5-7B-Instruct --assistant Qwen/Qwen2.5-1.5B-Instruct \
-        --train-file openai/gsm8k --eval-file openai/gsm8k --output-dir runs/gsm8k
+    python examples/train_gsm8k.py --base Qwen/Qwen2.5-7B-Instruct --assistant Qwen/Qwen2.5-1.5B-Instruct
 
 Thoughts stand at the prompt's end; `--where user_turn --thought-token "<|endoftext|>"` puts them at the end of the
 user's turn, as in the paper. Base and assistant may be folders (`make_tiny_pair.py` makes a pair to try), data may be
@@ -51,9 +50,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--base", required=True, help="Hub id or folder of the base")
     add("--assistant", required=True, help="Hub id or folder of the assistant")
-    add("--train-file", required=True, help="JSON-lines file, or a data set on the Hub (its split 'train')")
-    add("--eval-file", required=True, help="JSON-lines file, or a data set on the Hub (its split 'test')")
-    add("--output-dir", required=True, help="folder of the adapter and its checkpoints")
+    add("--train-file", default="openai/gsm8k", help="JSON-lines file, or a data set on the Hub (its split 'train')")
+    add("--eval-file", default="openai/gsm8k", help="JSON-lines file, or a data set on the Hub (its split 'test')")
+    add("--output-dir", default="runs/gsm8k", help="folder of the adapter and its checkpoints")
     add("--keep-calculator-marks", action="store_true", help="train on answers with their <<48/2=24>>")
     add("--num-thoughts", type=int, default=32, help="N in training")
     add("--inference-thoughts", type=int, default=4, help="N in evaluation")
