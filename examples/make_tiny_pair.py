@@ -1,8 +1,8 @@
 r"""Make a tiny base and a tiny assistant from the text of GSM8K, to run `train_gsm8k.py` where nothing can be fetched.
 
 The two differ in family, size and tokenizer. The base learns the problems in the chat prompts of `train_gsm8k.py` and
-the answers with their calculator marks; SoftCoT then trains on answers without them. Both commands together take 5
-to 8 minutes on two cores (with `OMP_NUM_THREADS=1` if other programs use them too):
+the answers with their calculator marks; SoftCoT then trains on answers without them. Both commands together take about
+7 minutes on one core (`OMP_NUM_THREADS=1`, which on a busy machine is faster than more threads):
 
     python examples/make_tiny_pair.py --train-file gsm8k/train.jsonl --out runs/pair
     python examples/train_gsm8k.py --base runs/pair/base --assistant runs/pair/assistant \

@@ -154,7 +154,7 @@ def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_posi
     mask = inputs.get("attention_mask")
     if placement.inserted:
         num = placement.num_thoughts
-        if placement.padded or is_padding_mask(mask):
+        if placement.padded or mask is not None:  # ready-made masks know the caller's columns only
             so_far = 0 if is_padding_mask(mask) else cache_length(cache) - num + length
             inputs["attention_mask"] = mask = _placed_mask(mask, placement, so_far)
         if isinstance(inputs.get("position_ids"), Tensor):

@@ -102,8 +102,9 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
     def soft_thoughts(self, hidden: Tensor) -> Tensor:
         """Project the assistant's hidden states `(B, N, H_assistant)` with the active adapter to `(B, N, H_base)`."""
-        self.fresh.discard(self._active_names()[0])
-        projected: Tensor = self.softcot_projection[self._active_names()[0]](hidden)
+        (name,) = self._active_names()
+        self.fresh.discard(name)
+        projected: Tensor = self.softcot_projection[name](hidden)
         return projected
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,10 +7,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import importlib.util
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ from softcot_peft import SoftCoTConfig
 
 torch.set_num_threads(1)  # the workers of pytest-xdist are the parallelism
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTIONS = [
     "Tom has three apples and buys nine more. How many apples has he now?",
     "How many legs have seven dogs?",
@@ -123,9 +127,17 @@ def make_assistant(vocab_size: int) -> Olmo2ForCausalLM:
         pad_token_id=1,
         bos_token_id=2,
         eos_token_id=3,
-        tie_word_embeddings=False,
     )
     return Olmo2ForCausalLM(config)
+
+
+def load_example(name: str) -> ModuleType:
+    """A script of examples/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # one script imports another by its name
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
-import sys
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from conftest import Pair
+from conftest import Pair, load_example
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
@@ -21,16 +18,8 @@ ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # one script imports the other by its name
-    spec.loader.exec_module(module)
-    return module
-
-
-gsm8k = script("train_gsm8k")
-tiny = script("make_tiny_pair")
+gsm8k = load_example("train_gsm8k")
+tiny = load_example("make_tiny_pair")
 
 
 def arguments(pair: Pair, *more: str) -> list[str]:

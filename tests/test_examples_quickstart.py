@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from conftest import EXAMPLES, load_example
 from transformers import AutoTokenizer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # one script imports the other by its name
-    spec.loader.exec_module(module)
-    return module
-
-
-small_pair = script("small_pair")
-quickstart = script("quickstart")
+small_pair = load_example("small_pair")
+quickstart = load_example("quickstart")
 
 
 # Trainer's own, on a CPU without CUDA
