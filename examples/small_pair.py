@@ -67,7 +67,7 @@ def work_out(expression: str) -> str:
 
 
 def draw(rng: random.Random, held_out: bool = False) -> str:
-    """Draw a problem of seven characters, such as ``12+34*5``. No result is negative.
+    """Draw a problem of seven characters, such as ``12+34*5``. No result is negative; half of them multiply.
 
     A hash of the problem says whether it is one of the tenth that is held out from all training.
     """
