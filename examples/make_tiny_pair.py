@@ -19,6 +19,7 @@ import argparse
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -75,42 +76,21 @@ def make_tokenizer(texts: list[str], vocab_size: int, tokens: list[str]) -> PreT
     )
 
 
-def make_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four Llama layers of width 192."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-
-
-def make_assistant(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Two Qwen2 layers of width 96."""
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+def shape(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> dict[str, Any]:
+    """What the configs of both models have in common; the MLP is 8/3 as wide as the rest."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
 
 
 def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[list[torch.Tensor]]:
@@ -150,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = make_tokenizer(texts, args.vocab_size, BASE_TOKENS)
     tokenizer.chat_template = CHAT_TEMPLATE
-    base = make_base(tokenizer)
+    base = LlamaForCausalLM(LlamaConfig(**shape(tokenizer, width=192, layers=4)))
     rows = [encode_example(tokenizer, row, keep_marks=True)["input_ids"] for row in problems]
     pretrain(base, rows, args, "base")
     base.save_pretrained(args.out / "base")
@@ -158,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = make_tokenizer(texts, args.vocab_size // 2, ASSISTANT_TOKENS)
     tokenizer.unk_token = ASSISTANT_TOKENS[2]
-    assistant = make_assistant(tokenizer)
+    assistant = Qwen2ForCausalLM(Qwen2Config(**shape(tokenizer, width=96, layers=2)))
     eos = [tokenizer.eos_token_id]
     pretrain(assistant, [ids + eos for ids in tokenizer(texts)["input_ids"]], args, "assistant")
     assistant.save_pretrained(args.out / "assistant")
