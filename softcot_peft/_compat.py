@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -100,8 +100,10 @@ def argument_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(model).forward).parameters)[1:]
 
 
-def find_cache(arguments: Mapping[str, Any]) -> Any:
+def find_cache(arguments: Mapping[str, Any] | tuple[Any, ...]) -> Any:
     """The cache among a forward's arguments or outputs; `None` where there is none."""
+    if isinstance(arguments, tuple):
+        return next((value for value in arguments if isinstance(value, Cache)), None)
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 

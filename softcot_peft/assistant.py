@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from threading import RLock
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -55,10 +56,18 @@ class Assistant:
         self._given = model
         self._backbone = None if model is None else cast(PreTrainedModel, model.base_model)
         self._tokenizer = tokenizer
+        # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
+        self.lock = RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Assistant:
         """A copied base shares the assistant."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled base names the assistant, and finds it again: it holds no copy of the weights."""
+        if self._given is not None:
+            return _find_given, (self.name,)
+        return find_assistant, (self.name, self.revision, self.dtype)
 
     @cached_property
     def hidden_size(self) -> int:
@@ -77,12 +86,10 @@ class Assistant:
         """
         if self._tokenizer is None:
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    self.name, revision=self.revision, trust_remote_code=False
-                )
-                if is_empty(self._tokenizer):
-                    self._tokenizer = None
+                tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
+                if is_empty(tokenizer):
                     raise OSError("There are no tokenizer files.")
+                self._tokenizer = tokenizer
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it "
@@ -99,22 +106,25 @@ class Assistant:
         Raises:
             ValueError: The weights cannot be loaded.
         """
-        backbone = self._backbone
-        if backbone is None:
-            try:
-                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                    self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
-                )
-            except OSError as error:
-                raise ValueError(
-                    f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
-                    "must be safetensors; pass a model loaded otherwise with `use_assistant`."
-                ) from error
-            backbone = self._backbone = cast(PreTrainedModel, model.base_model)
-            backbone.requires_grad_(False)
-        if self._given is None and backbone.device != device:
-            nn.Module.to(backbone, device)
-        return backbone.eval()
+        with self.lock:
+            backbone = self._backbone
+            if backbone is None:
+                backbone = self._backbone = self._load()
+            if self._given is None and backbone.device != device:
+                nn.Module.to(backbone, device)
+            return backbone.eval()
+
+    def _load(self) -> PreTrainedModel:
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
+            )
+        except OSError as error:
+            raise ValueError(
+                f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
+                "must be safetensors; pass a model loaded otherwise with `use_assistant`."
+            ) from error
+        return cast(PreTrainedModel, model.base_model.requires_grad_(False))
 
     @torch.no_grad()
     def hidden_states(
@@ -195,6 +205,20 @@ def use_assistant(
     head_width(loaded)  # refuses a model without a head
     _given[name] = Assistant(name, loaded.config, model=loaded, tokenizer=tokenizer)
     return name
+
+
+def _find_given(name: str) -> Assistant:
+    """The assistant given under a name.
+
+    Raises:
+        ValueError: None was given under it in this process.
+    """
+    if name not in _given:
+        raise ValueError(
+            f"The assistant {name!r} of a pickled model was given with `use_assistant`, and must be given again in "
+            f"this process before the model is read. Call `use_assistant(model, tokenizer, name={name!r})` first."
+        )
+    return _given[name]
 
 
 def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") -> Assistant:

@@ -6,12 +6,10 @@ bans, stop strings, streamers, lengths, scores and drafts see what they see with
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import cache_length, find_cache
+from .caches import crop_in_callers_columns
 from .placement import Placement, align_left, trailing
 from .reader import PromptReader
 from .thinker import Thinker
@@ -171,16 +170,6 @@ def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     added = generation.placement.num_inserted
     bound.arguments["max_cache_length"] += added
     result = original(*bound.args, **bound.kwargs)
-    cache = find_cache(bound.arguments["model_kwargs"])
-    if added and hasattr(cache, "crop"):
-        cache.crop = MethodType(functools.partial(_crop, added), cache)
+    if added:
+        crop_in_callers_columns(find_cache(bound.arguments["model_kwargs"]), added)
     return result
-
-
-def _crop(added: int, cache: Any, length: int) -> None:
-    """Crop a cache to a length in the caller's columns.
-
-    Drafts that are not accepted are dropped so. Transformers 5.23 says how many (negative), which needs no
-    translation; earlier releases say how many tokens stay.
-    """
-    type(cache).crop(cache, length + added if length > 0 else length)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,14 +18,14 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import accepts, argument_names, cache_length, find_cache
+from .caches import recall, remember
 from .columns import restore, restore_keys
+from .doors import Replaced, backbones, close, refuse_backbone
 from .generation import RUNNING, Generation, generate, prepare_cache
 from .layer import WRITING, SoftCoTLayer, Writing
 from .placement import Placement, positions
 from .reader import PromptReader
-from .thinker import Thinker
-
-_RECORD = "softcot_placement"  # attribute of a cache: where the thoughts stand in it
+from .thinker import THINKING, Thinker
 
 
 @dataclass(frozen=True)
@@ -73,44 +72,65 @@ class ThoughtHooks:
         self.takes_positions = accepts(type(model).forward, "position_ids")
         self._handles = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+            model.register_forward_hook(self.after_forward, with_kwargs=True),
+            *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
-        self._replaced: dict[str, Any] = {}
+        self._replaced = close(model, layer)
         if hasattr(model, "generate"):
-            self._replace("generate", functools.partial(generate, self.thinker))
-            self._replace("_prepare_cache_for_generation", prepare_cache)
-
-    def _replace(self, name: str, method: Callable[..., Any]) -> None:
-        """Put a method on the model instance, keeping what was there; the original comes as its first argument."""
-        self._replaced[name] = self.model.__dict__.get(name)
-        original = getattr(self.model, name)
-        setattr(self.model, name, functools.wraps(original)(functools.partial(method, original)))
+            self._replaced.append(Replaced(model, "generate", functools.partial(generate, self.thinker)))
+            self._replaced.append(Replaced(model, "_prepare_cache_for_generation", prepare_cache))
+        # `Module.__call__` finds this on the instance. Private in torch (2.6 to 2.13), and the only place around hooks
+        # and forward: hooks registered with `always_call` are not called for a KeyboardInterrupt.
+        model.__dict__["_call_impl"] = self._call_impl
 
     def remove(self) -> None:
         """Take the hooks and methods off the model again."""
         for handle in self._handles:
             handle.remove()
-        for name, earlier in self._replaced.items():
-            delattr(self.model, name)
-            if earlier is not None:
-                setattr(self.model, name, earlier)
+        for method in reversed(self._replaced):
+            method.remove()
+        del self.model.__dict__["_call_impl"]
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; whatever is raised on the way, no trace of the pass stays."""
+        call = functools.partial(nn.Module._call_impl, self.model)
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        outer = _PASS.get(), WRITING.get()
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            _PASS.set(outer[0])
+            WRITING.set(outer[1])
+            raise
+
+    def before_backbone(self, backbone: nn.Module, args: Any) -> None:
+        """Refuse calls of the backbone that do not come from the base: they would run without thoughts."""
+        running = _PASS.get()
+        inside = running is not None and running.model is self.model
+        if not inside and not THINKING.get() and self.layer.active_name() is not None:
+            refuse_backbone(self.model, backbone)
 
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Translate the caller's inputs into what the base sees; nothing when adapters are disabled."""
         reader = self.layer.active_reader()
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cache, generation = find_cache(inputs), RUNNING.get()
         if reader is None:
+            if cache is not None:
+                recall(cache, None)
             if not any(name in kwargs for name in forward_inputs.OWN_NAMES):
                 return None
             forward_inputs.pop_own(kwargs)
             return args, kwargs
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache, generation = find_cache(inputs), RUNNING.get()
         if generation is not None and generation.model is model:
             running = self._generation_pass(generation, inputs, reader, cache)
         elif cache_length(cache) > 0:
-            running = self._next_tokens(inputs, getattr(cache, _RECORD, None), cache)
+            placement = recall(cache, self.layer.active_name())
+            self._refuse_late_run(inputs, reader)
+            running = self._next_tokens(inputs, placement, cache)
         else:
             running = self._whole_rows(inputs, reader)
         _PASS.set(replace(running, outer=_PASS.get()))
@@ -118,24 +138,32 @@ class ThoughtHooks:
         return (), inputs
 
     def after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Put the outputs back in line with the caller's tokens; called also when the forward raised."""
+        """Put the outputs back in line with the caller's tokens."""
         running = _PASS.get()
         if running is None or running.model is not model:
             return None
         _PASS.set(running.outer)
         WRITING.set(None if running.outer is None else running.outer.writing)
         placement = running.placement
-        if output is None or placement is None:
+        if placement is None:
             return None
-        if running.places and RUNNING.get() is None and isinstance(output, dict):
+        if running.writing is not None and not running.writing.done:
+            raise RuntimeError(
+                f"The input embedding of {type(model).__name__} must write the thoughts, but it was not run. If it "
+                "was replaced after the adapter was attached, unload the adapter, replace it, and load it again."
+            )
+        generation = RUNNING.get()
+        if running.places and (generation is None or generation.model is not model):
             cache = find_cache(output)
             if cache is not None and not isinstance(cache, (Tensor, tuple, list)):
-                setattr(cache, _RECORD, placement)
+                remember(cache, placement, str(self.layer.active_name()))
         if not placement.inserted:
             return None
         start, num = placement.start, placement.num_thoughts
         if running.places:
             return restore(output, start, num, running.length, running.kept, running.last_rows)
+        if isinstance(output, tuple):
+            return restore_keys(output, start, num)
         if isinstance(output, dict) and output.get("attentions"):
             output["attentions"] = restore_keys(output["attentions"], start, num)
         return output
@@ -181,7 +209,7 @@ class ThoughtHooks:
         """A pass of `generate`: the prompts, a chunk of them, the next tokens, or all tokens again without a cache."""
         batch, length = forward_inputs.tokens(inputs).shape[:2]
         placement = generation.placement.expand(batch)
-        if generation.prefilled and cache is not None:
+        if generation.prefilled and cache_length(cache) > 0:
             return self._next_tokens(inputs, placement, cache)
         seen = 0 if generation.prefilled else generation.consumed
         if generation.prefilled and length < generation.length:
@@ -195,13 +223,24 @@ class ThoughtHooks:
         thoughts = generation.thoughts.repeat_interleave(batch // len(generation.thoughts), dim=0)
         return self._place(inputs, placement, thoughts, reader, seen)
 
+    def _refuse_late_run(self, inputs: dict[str, Any], reader: PromptReader) -> None:
+        """Refuse a run of thought tokens after a cache: the assistant would have to read the prompt before it."""
+        ids, mask, token_id = inputs.get("input_ids"), inputs.get("attention_mask"), reader.thought_token_id
+        if token_id is None or ids is None or ids.shape[1] == 1:  # single ones are padding of finished rows
+            return
+        found = ids == token_id
+        if isinstance(mask, Tensor) and forward_inputs.is_padding_mask(mask):
+            found = found & (mask[:, -ids.shape[1] :] != 0)
+        if found.any():
+            raise ValueError(
+                "`past_key_values` must not stand before a run of `thought_token`: the assistant reads the whole "
+                "prompt, which is not known any more. Pass the whole conversation in `input_ids`, without a cache."
+            )
+
     def _next_tokens(self, inputs: dict[str, Any], placement: Placement | None, cache: Any) -> Pass:
         """Tokens after a cache that holds the thoughts."""
         if placement is None:
-            raise ValueError(
-                "`past_key_values` must come from a pass with thoughts, but holds tokens that were read without. "
-                "Start from an empty cache, with the whole prompt in `input_ids`, or disable the adapter."
-            )
+            raise RuntimeError("A pass after the prompt needs the prompt's placement.")
         forward_inputs.pop_own(inputs)
         batch, length = forward_inputs.tokens(inputs).shape[:2]
         placement = placement.expand(batch)

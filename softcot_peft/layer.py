@@ -14,7 +14,7 @@ from .projection import ThoughtProjection
 from .reader import PromptReader
 
 
-@dataclass(frozen=True)
+@dataclass
 class Writing:
     """The soft thoughts that one forward pass of a base writes into its embeddings.
 
@@ -23,12 +23,14 @@ class Writing:
         thoughts: `(B, N, H_base)`.
         start: Column of the first thought within this pass, `(B,)`; negative when earlier columns were passed before.
         shape: Shape `(B, L)` of the ids that carry them; ids of another shape are looked up as they are.
+        done: Whether they were written.
     """
 
     layer: SoftCoTLayer
     thoughts: Tensor
     start: Tensor
     shape: torch.Size
+    done: bool = False
 
 
 # Per thread, so that threads can share a model.
@@ -81,8 +83,8 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         if torch.device("meta") not in (device, projection.weight.device):
             projection.to(device)
 
-    def active_reader(self) -> PromptReader | None:
-        """The reader of the active adapter; `None` when adapters are disabled or there is none.
+    def active_name(self) -> str | None:
+        """Name of the active adapter; `None` when adapters are disabled or there is none.
 
         Raises:
             ValueError: Several adapters are active.
@@ -94,7 +96,16 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"One SoftCoT adapter can be active at a time, got {names}. Choose one with `set_adapter`."
             )
-        return self.softcot_reader[names[0]]
+        return names[0]
+
+    def active_reader(self) -> PromptReader | None:
+        """The reader of the active adapter; `None` when adapters are disabled or there is none.
+
+        Raises:
+            ValueError: Several adapters are active.
+        """
+        name = self.active_name()
+        return None if name is None else self.softcot_reader[name]
 
     def _active_names(self) -> list[str]:
         """The active adapters that are SoftCoT's; transformers' API names those of other methods on the base too."""
@@ -122,6 +133,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         writing = WRITING.get()
         if writing is None or writing.layer is not self or input_ids.shape != writing.shape:
             return embeddings
+        writing.done = True
         return write_thoughts(embeddings, writing.thoughts, writing.start)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -54,6 +54,11 @@ class Placement:
             attention_mask=None if mask is None else mask.repeat_interleave(times, dim=0),
         )
 
+    def select(self, rows: Tensor) -> Placement:
+        """Pick rows, `(B',)` int64, with repetition if wanted."""
+        mask, rows = self.attention_mask, rows.to(self.start.device)
+        return replace(self, start=self.start[rows], attention_mask=None if mask is None else mask[rows])
+
 
 def locate(
     input_ids: Tensor | None,

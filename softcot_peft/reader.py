@@ -44,7 +44,9 @@ class PromptReader:
             Ids and mask, both `(B, P' + N)`, left-padded, the last N columns being the thought positions.
         """
         if self.base_tokenizer is not None:
-            prompt_ids, prompt_mask = self._encode(self._decode(prompt_ids, prompt_mask), num_thoughts)
+            texts = self._decode(prompt_ids, prompt_mask)
+            with self.assistant.lock:
+                prompt_ids, prompt_mask = self._encode(texts, num_thoughts)
         size = (prompt_ids.shape[0], num_thoughts)
         thoughts = prompt_ids.new_full(size, self.assistant_thought_token_id)
         return torch.cat([prompt_ids, thoughts], 1), torch.cat([prompt_mask, prompt_mask.new_ones(size)], 1)

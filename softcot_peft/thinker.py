@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from .inputs import tokens
 from .layer import SoftCoTLayer
 from .placement import IGNORED, Placement, locate, prompts
 from .reader import PromptReader
+
+# Whether an assistant is reading: it may be the very base that the thoughts are for, given with `use_assistant`.
+THINKING: ContextVar[bool] = ContextVar("softcot_thinking", default=False)
 
 
 class Thinker:
@@ -109,7 +113,12 @@ class Thinker:
         device = self.layer.weight.device
         if device.type == "meta":  # offloaded; accelerate brings it to where the inputs are
             device = placement.start.device
-        return self.layer.soft_thoughts(reader.assistant.hidden_states(ids, mask, num, device))
+        token = THINKING.set(True)
+        try:
+            hidden = reader.assistant.hidden_states(ids, mask, num, device)
+        finally:
+            THINKING.reset(token)
+        return self.layer.soft_thoughts(hidden)
 
     def filler(self, reader: PromptReader) -> int:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
