@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 
 from softcot_peft import assistant as assistants
 from softcot_peft import use_assistant
+from softcot_peft.reader import PromptReader
 
 N, NEW = 4, 5
 
@@ -322,7 +324,7 @@ def test_a_compiled_model_trains(pair: Pair, model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
-def test_threads_can_share_a_model(pair: Pair, chat: bool) -> None:
+def test_threads_can_share_a_model(pair: Pair, monkeypatch: pytest.MonkeyPatch, chat: bool) -> None:
     changes: dict[str, Any] = {}
     if chat:
         changes = {"assistant_model_name_or_path": str(pair.chat_assistant), "assistant_prompt": "{prompt} Think."}
@@ -334,7 +336,19 @@ def test_threads_can_share_a_model(pair: Pair, chat: bool) -> None:
     fresh = pair.model(**changes)  # its assistant is loaded by the first thread to need it
     fresh.load_state_dict(model.state_dict())
     found: dict[int, list[Any]] = {}
-    start = threading.Barrier(len(batches))
+    start, inside, most = threading.Barrier(len(batches)), [], []
+    encode = PromptReader._encode
+
+    def watch(*args: Any) -> Any:
+        inside.append(1)
+        time.sleep(0.005)  # time for another thread to come in, were it let
+        most.append(len(inside))
+        result = encode(*args)
+        inside.pop()
+        return result
+
+    # Options of a tokenizer (whether it splits special tokens) are set in it while it encodes.
+    monkeypatch.setattr(PromptReader, "_encode", watch)
 
     def answer(index: int) -> None:
         start.wait()
@@ -346,6 +360,7 @@ def test_threads_can_share_a_model(pair: Pair, chat: bool) -> None:
     for thread in threads:
         thread.join()
     assert found == {index: [tokens] * 6 for index, tokens in enumerate(expected)}
+    assert set(most) == {1}
 
 
 def read_again(model: nn.Module) -> Any:
