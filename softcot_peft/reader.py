@@ -62,15 +62,12 @@ class PromptReader:
     def _encode(self, texts: list[str], num_thoughts: int) -> tuple[Tensor, Tensor]:
         """Tokenize for the assistant, through the template and its chat template, and pad on the left."""
         tokenizer = self.assistant.tokenizer
-        template = self.config.assistant_prompt
-        if template is not None:
-            template = template.replace("{num_thought_tokens}", str(num_thoughts))
-            texts = [template.replace("{prompt}", text) for text in texts]
-        if template is not None and tokenizer.chat_template is not None:
-            rows = [self._encode_chat(text) for text in texts]
-        else:
-            # A prompt that spells one of the assistant's special tokens gets its letters, not the token.
-            rows = tokenizer(texts, split_special_tokens=True)["input_ids"]
+        special = list(tokenizer.get_added_vocab())
+        rendered = [self._render(text, num_thoughts) for text in texts]
+        rows = list(tokenizer(rendered, add_special_tokens=not self._chats)["input_ids"])
+        for row, text in enumerate(texts):
+            if any(token in text for token in special):
+                rows[row] = self._encode_spelled(text, num_thoughts)
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         return (
@@ -78,21 +75,35 @@ class PromptReader:
             pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left"),
         )
 
-    def _encode_chat(self, text: str) -> list[int]:
-        """One user turn through the assistant's chat template, up to where its answer begins."""
+    @property
+    def _chats(self) -> bool:
+        """Whether the assistant reads a user turn of its chat template, which writes special tokens itself."""
+        return self.config.assistant_prompt is not None and self.assistant.tokenizer.chat_template is not None
+
+    def _render(self, text: str, num_thoughts: int) -> str:
+        """The text that the assistant reads for a prompt, up to where its answer begins."""
+        template = self.config.assistant_prompt
+        if template is not None:
+            template = template.replace("{num_thought_tokens}", str(num_thoughts))
+            text = template.replace("{prompt}", text)
+        if not self._chats:
+            return text
+        message = [{"role": "user", "content": text}]
         tokenizer = self.assistant.tokenizer
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
-        def render(content: str) -> str:
-            message = [{"role": "user", "content": content}]
-            return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-
-        if not any(token in text for token in tokenizer.get_added_vocab()):
-            return list(tokenizer(render(text), add_special_tokens=False)["input_ids"])
-        # The prompt spells a special token: only the template's own text around it may become special tokens.
-        before, after = render("\u0001").split("\u0001", 1)
-        pieces = tokenizer([before, after], add_special_tokens=False)["input_ids"]
+    def _encode_spelled(self, text: str, num_thoughts: int) -> list[int]:
+        """Encode a prompt that spells special tokens of the assistant: it gets their letters, not the tokens."""
+        tokenizer = self.assistant.tokenizer
+        if not self._chats:
+            return list(tokenizer(self._render(text, num_thoughts), split_special_tokens=True)["input_ids"])
+        # Only the templates' own text around the prompt may become special tokens.
+        before, *after = self._render("\u0001", num_thoughts).split("\u0001")
         content = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*pieces[0], *content, *pieces[1]]
+        ids = list(tokenizer(before, add_special_tokens=False)["input_ids"])
+        for piece in after:
+            ids += [*content, *tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        return ids
 
 
 def make_reader(config: SoftCoTConfig, assistant: Assistant, base_name: str | None) -> PromptReader:

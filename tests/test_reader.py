@@ -209,6 +209,18 @@ def test_the_template_wraps_the_prompt(pair: Pair, chats: bool) -> None:
     assert read(model, reading, pair.batch(TEXTS)) == expected
 
 
+@pytest.mark.parametrize("chats", [False, True])
+@pytest.mark.parametrize("spelled", ["", "[PAD]"])
+def test_the_template_s_own_special_tokens_are_tokens(pair: Pair, chats: bool, spelled: str) -> None:
+    reading = watched(pair.assistant, make_assistant_tokenizer(chat=chats))
+    model = attach(pair, reading, assistant_prompt="[EOS] {prompt} [EOS]")
+    texts = [f"How many {spelled} legs?", "nine"]
+    first, second = read(model, reading, pair.batch(texts))
+    for row in (second, first) if chats or not spelled else (second,):
+        assert row.count(EOS) == 2
+    assert PAD not in first
+
+
 def test_the_chat_template_of_a_loaded_assistant_is_used(pair: Pair) -> None:
     changes = {"assistant_model_name_or_path": str(pair.chat_assistant), "assistant_prompt": TEMPLATE}
     model = pair.model(**changes)
