@@ -59,6 +59,8 @@ _PASS: ContextVar[Pass | None] = ContextVar("softcot_pass", default=None)
 class ThoughtHooks:
     """The hooks and the `generate` of one base, installed once and shared by all of its SoftCoT adapters.
 
+    Compilers run the hooks as they are: they think once a prompt, and their state is that of a thread.
+
     Args:
         model: The base.
         layer: Its wrapped input embedding.
@@ -104,6 +106,7 @@ class ThoughtHooks:
             WRITING.set(outer[1])
             raise
 
+    @torch.compiler.disable
     def before_backbone(self, backbone: nn.Module, args: Any) -> None:
         """Refuse calls of the backbone that do not come from the base: they would run without thoughts."""
         running = _PASS.get()
@@ -111,6 +114,7 @@ class ThoughtHooks:
         if not inside and not THINKING.get() and self.layer.active_name() is not None:
             refuse_backbone(self.model, backbone)
 
+    @torch.compiler.disable
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -137,6 +141,7 @@ class ThoughtHooks:
         WRITING.set(running.writing)
         return (), inputs
 
+    @torch.compiler.disable
     def after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Put the outputs back in line with the caller's tokens."""
         running = _PASS.get()

@@ -130,8 +130,12 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             `(B, L, H_base)` in the base's dtype.
         """
         embeddings: Tensor = self.base_layer(input_ids, *args, **kwargs)
+        return self._write(embeddings, input_ids.shape)
+
+    @torch.compiler.disable
+    def _write(self, embeddings: Tensor, shape: torch.Size) -> Tensor:
         writing = WRITING.get()
-        if writing is None or writing.layer is not self or input_ids.shape != writing.shape:
+        if writing is None or writing.layer is not self or shape != writing.shape:
             return embeddings
         writing.done = True
         return write_thoughts(embeddings, writing.thoughts, writing.start)
