@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -88,6 +89,17 @@ def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
     For some architectures (Qwen2, GPT-2) transformers 5 makes one where the folder holds no tokenizer at all.
     """
     return len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether a weight's values are here: not a shard (FSDP2, ZeRO-3) and not offloaded by accelerate."""
+    # FSDP2 leaves a DTensor in a weight's place, DeepSpeed 0.19 an empty tensor, accelerate 1.15 one on meta.
+    return not hasattr(weight, "full_tensor") and weight.numel() > 0 and weight.device.type != "meta"
+
+
+def full_shape(weight: Tensor) -> torch.Size:
+    """Shape of a weight, also where DeepSpeed's ZeRO-3 has left an empty tensor in its place (0.19)."""
+    return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

@@ -31,14 +31,14 @@ class Generation:
     Args:
         model: The base.
         placement: Where the thoughts stand in the prompts, which end in the last column.
-        thoughts: `(B, N, H_base)`.
+        hidden: The assistant's hidden states at the thought positions, `(B, N, H_assistant)`.
         length: Columns of the prompts.
         consumed: Columns that the base has read so far; fewer than `length` during chunked prefill.
     """
 
     model: nn.Module
     placement: Placement
-    thoughts: Tensor
+    hidden: Tensor
     length: int
     consumed: int = 0
 
@@ -95,10 +95,9 @@ def generate(thinker: Thinker, original: Callable[..., Any], *args: Any, **kwarg
 def _start(
     thinker: Thinker, inputs: dict[str, Any], reader: PromptReader, own: dict[str, Tensor | None]
 ) -> Generation:
-    """Place and compute the thoughts, and align right-padded prompts to the left, in place of the dict."""
+    """Place the thoughts, have the assistant think, and align right-padded prompts to the left, within the dict."""
     placement = thinker.locate(inputs, reader)
-    with torch.no_grad():
-        thoughts = thinker.think(inputs.get("input_ids"), placement, reader, **own)
+    hidden = thinker.think(inputs.get("input_ids"), placement, reader, **own)
     mask = inputs["attention_mask"]
     if placement.padded and (mask[:, -1] == 0).any():
         for name in ("input_ids", "inputs_embeds", "position_ids"):
@@ -107,7 +106,7 @@ def _start(
         start = placement.start + trailing(mask)
         inputs["attention_mask"] = align_left(mask, mask)
         placement = replace(placement, start=start, attention_mask=inputs["attention_mask"], latest=int(start.max()))
-    return Generation(thinker.model, placement, thoughts, mask.shape[1])
+    return Generation(thinker.model, placement, hidden, mask.shape[1])
 
 
 def _option(name: str, inputs: dict[str, Any], model: PreTrainedModel) -> Any:

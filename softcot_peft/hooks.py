@@ -1,7 +1,7 @@
 """Hooks on the base itself, so that every route to it is the same function.
 
-A forward pre-hook translates the caller's inputs into what the base sees, runs the assistant and hands the soft
-thoughts to the embedding layer; a forward hook puts the outputs back in line with the caller's tokens.
+A forward pre-hook translates the caller's inputs into what the base sees, runs the assistant and hands its
+hidden states to the embedding layer; a forward hook puts the outputs back in line with the caller's tokens.
 """
 
 from __future__ import annotations
@@ -179,10 +179,10 @@ class ThoughtHooks:
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
         self._warn_unread(inputs, placement)
-        thoughts = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
+        hidden = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
         if placement.padded and self.takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(inputs["attention_mask"])
-        return self._place(inputs, placement, thoughts, reader)
+        return self._place(inputs, placement, hidden, reader)
 
     def _warn_unread(self, inputs: dict[str, Any], placement: Placement) -> None:
         """Warn where no row of the logits but the last would read the thoughts."""
@@ -197,14 +197,15 @@ class ThoughtHooks:
             )
 
     def _place(
-        self, inputs: dict[str, Any], placement: Placement, thoughts: Tensor, reader: PromptReader, seen: int = 0
+        self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, reader: PromptReader, seen: int = 0
     ) -> Pass:
         """Insert the thought positions and say what is to be written."""
         batch, length = forward_inputs.tokens(inputs).shape[:2]
+        thoughts = None if inputs.get("inputs_embeds") is None else self.layer.soft_thoughts(hidden)
         kept, last_rows = forward_inputs.place(inputs, placement, thoughts, self.thinker.filler(reader), seen)
         start, writing = placement.start - seen, None
-        if inputs.get("inputs_embeds") is None:
-            writing = Writing(self.layer, thoughts, start, torch.Size((batch, length + placement.num_inserted)))
+        if thoughts is None:
+            writing = Writing(self.layer, hidden, start, torch.Size((batch, length + placement.num_inserted)))
         here = replace(placement, start=start)
         return Pass(self.model, length, here, writing, places=True, kept=kept, last_rows=last_rows)
 
@@ -225,8 +226,8 @@ class ThoughtHooks:
         generation.consumed = seen + length
         if placement.inserted and not generation.prefilled:
             return Pass(self.model, length)  # the thoughts come after the last chunk
-        thoughts = generation.thoughts.repeat_interleave(batch // len(generation.thoughts), dim=0)
-        return self._place(inputs, placement, thoughts, reader, seen)
+        hidden = generation.hidden.repeat_interleave(batch // len(generation.hidden), dim=0)
+        return self._place(inputs, placement, hidden, reader, seen)
 
     def _refuse_late_run(self, inputs: dict[str, Any], reader: PromptReader) -> None:
         """Refuse a run of thought tokens after a cache: the assistant would have to read the prompt before it."""

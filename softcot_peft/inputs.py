@@ -92,14 +92,14 @@ def is_padding_mask(mask: Any) -> bool:
 
 
 def place(
-    inputs: dict[str, Any], placement: Placement, thoughts: Tensor, filler: int, seen: int = 0
+    inputs: dict[str, Any], placement: Placement, thoughts: Tensor | None, filler: int, seen: int = 0
 ) -> tuple[Tensor | None, bool]:
     """Make room for the thoughts in every per-token argument; into embeddings they are written here.
 
     Args:
         inputs: The forward's arguments.
         placement: Where the thoughts stand in the rows.
-        thoughts: `(B, N, H_base)`.
+        thoughts: `(B, N, H_base)`, for `inputs_embeds`; `None` where the embedding layer makes and writes them.
         filler: Id under inserted thought positions.
         seen: Columns of the rows that earlier passes have read (chunked prefill).
 
@@ -113,7 +113,7 @@ def place(
     batch, length = tokens(inputs).shape[:2]
     here = replace(placement, start=placement.start - seen, latest=placement.latest - seen)
     if not placement.inserted:
-        if inputs.get("inputs_embeds") is not None:
+        if thoughts is not None:
             inputs["inputs_embeds"] = write_thoughts(inputs["inputs_embeds"], thoughts, here.start)
         return None, False
     kept = _keep_logits(inputs, here, length)
@@ -125,7 +125,7 @@ def place(
             continue
         if name == "position_ids":
             inputs[name] = insert_positions(value, start, num)
-        elif name == "inputs_embeds":
+        elif name == "inputs_embeds" and thoughts is not None:
             inputs[name] = insert(value, start, num, thoughts.to(value))
         elif name == "shift_labels":  # already shifted: the last thought's row predicts the first label
             inputs[name] = insert(value, start - 1, num, IGNORED)

@@ -10,24 +10,28 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ._compat import full_shape
 from .projection import ThoughtProjection
 from .reader import PromptReader
 
 
 @dataclass
 class Writing:
-    """The soft thoughts that one forward pass of a base writes into its embeddings.
+    """What one forward pass of a base makes its soft thoughts of, to write them into its embeddings.
+
+    The layer projects within its own forward: that is where engines that shard or offload weights bring its weights
+    in (FSDP2 gathers them there, accelerate loads them there).
 
     Args:
         layer: The layer that writes.
-        thoughts: `(B, N, H_base)`.
+        hidden: The assistant's hidden states at the thought positions, `(B, N, H_assistant)`.
         start: Column of the first thought within this pass, `(B,)`; negative when earlier columns were passed before.
         shape: Shape `(B, L)` of the ids that carry them; ids of another shape are looked up as they are.
         done: Whether they were written.
     """
 
     layer: SoftCoTLayer
-    thoughts: Tensor
+    hidden: Tensor
     start: Tensor
     shape: torch.Size
     done: bool = False
@@ -60,7 +64,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
     @property
     def base_hidden_size(self) -> int:
         """Width of the base's input embeddings."""
-        return int(self.weight.shape[-1])
+        return int(full_shape(self.weight)[-1])
 
     def update_layer(self, adapter_name: str, reader: PromptReader) -> None:
         """Add an adapter.
@@ -138,7 +142,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         if writing is None or writing.layer is not self or shape != writing.shape:
             return embeddings
         writing.done = True
-        return write_thoughts(embeddings, writing.thoughts, writing.start)
+        return write_thoughts(embeddings, self.soft_thoughts(writing.hidden.to(embeddings.device)), writing.start)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """SoftCoT cannot be merged; see `SoftCoTModel.merge_and_unload`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._compat import is_whole
+
 
 class ThoughtProjection(nn.Linear):
     """`s = W t + b` (section 3 of arXiv 2502.12134).
@@ -23,6 +25,15 @@ class ThoughtProjection(nn.Linear):
             nn.init.normal_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Project `(B, N, H_assistant)` to `(B, N, H_base)`, computed and returned in the projection's dtype."""
+        """Project `(B, N, H_assistant)` to `(B, N, H_base)`, computed and returned in the projection's dtype.
+
+        Raises:
+            RuntimeError: The weights are sharded or offloaded, and nothing brought them in.
+        """
+        if not is_whole(self.weight):
+            raise RuntimeError(
+                "The projection's weights must be here when it runs, but they are sharded or offloaded, and come in "
+                "only while the input embedding runs. Pass `input_ids` instead of `inputs_embeds`."
+            )
         with torch.autocast(hidden.device.type, enabled=False):  # the same thoughts in training and inference
             return super().forward(hidden.to(self.weight.dtype))

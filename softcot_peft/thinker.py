@@ -1,4 +1,4 @@
-"""Finds where the thoughts of a batch go and computes them, with the active adapter's config and projection."""
+"""Finds where the thoughts of a batch go and has the assistant think, with the active adapter's config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import position_limit
+from ._compat import is_whole, position_limit
 from .inputs import tokens
 from .layer import SoftCoTLayer
 from .placement import IGNORED, Placement, locate, prompts
@@ -20,7 +20,7 @@ THINKING: ContextVar[bool] = ContextVar("softcot_thinking", default=False)
 
 
 class Thinker:
-    """The soft thoughts of one base.
+    """Places the thoughts of one base and computes what they are made of.
 
     Args:
         model: The base.
@@ -76,7 +76,7 @@ class Thinker:
         assistant_input_ids: Tensor | None = None,
         assistant_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the assistant once and project: `s = W Assistant([prompt; thought token x N]) + b` (section 3).
+        """Run the assistant once: `t = Assistant([prompt; thought token x N])` (section 3).
 
         Args:
             input_ids: The caller's ids `(B, L)`; not looked at with `assistant_input_ids`.
@@ -86,7 +86,7 @@ class Thinker:
             assistant_attention_mask: Its mask `(B, P)`; `None`: all attended.
 
         Returns:
-            `(B, N, H_base)` in the projection's dtype.
+            The hidden states that the layer projects, `(B, N, H_assistant)`, in the assistant's dtype.
 
         Raises:
             ValueError: The caller's assistant input does not fit the batch or N.
@@ -110,15 +110,13 @@ class Thinker:
                     f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
                     "got 0 there. Pad on the left."
                 )
-        device = self.layer.weight.device
-        if device.type == "meta":  # offloaded; accelerate brings it to where the inputs are
-            device = placement.start.device
+        # Weights that are sharded or offloaded rest elsewhere than where they are used: with the inputs.
+        device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
         token = THINKING.set(True)
         try:
-            hidden = reader.assistant.hidden_states(ids, mask, num, device)
+            return reader.assistant.hidden_states(ids, mask, num, device)
         finally:
             THINKING.reset(token)
-        return self.layer.soft_thoughts(hidden)
 
     def filler(self, reader: PromptReader) -> int:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
