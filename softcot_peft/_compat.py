@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -18,6 +21,9 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets
 
 # Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
 PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
+
+# Where `accelerate launch` says that processes but the first are to leave weights empty (accelerate 1.15).
+_FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def check_decoder_lm(config: PretrainedConfig, what: str, remedy: str) -> None:
@@ -100,6 +106,27 @@ def is_whole(weight: Tensor) -> bool:
 def full_shape(weight: Tensor) -> torch.Size:
     """Shape of a weight, also where DeepSpeed's ZeRO-3 has left an empty tensor in its place (0.19)."""
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Make or load a model whole in every process, whatever engine the base is to be trained with.
+
+    Transformers partitions every model that it makes while DeepSpeed's ZeRO-3 is on, and while accelerate loads for
+    FSDP in little memory, it (before 5.23) fills the weights of all processes but the first with nothing. The engine
+    puts both right in the models that it wraps.
+    """
+    # Private in transformers 5.23: the public setters take the object that only this weak reference knows.
+    config, setting = deepspeed._hf_deepspeed_config_weak_ref, os.environ.get(_FSDP_LOADING)
+    deepspeed.unset_hf_deepspeed_config()
+    if setting is not None:
+        os.environ[_FSDP_LOADING] = "false"
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+        if setting is not None:
+            os.environ[_FSDP_LOADING] = setting
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

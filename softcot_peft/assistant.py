@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ._compat import accepts, check_decoder_lm, commit_of, head_width, is_empty, position_limit
+from ._compat import accepts, check_decoder_lm, commit_of, head_width, is_empty, loaded_whole, position_limit
 from .placement import positions
 
 _REMEDY = "Name a decoder LM, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
@@ -74,7 +74,7 @@ class Assistant:
         """Width of the last hidden states, known before the weights are loaded."""
         if self._given is not None:
             return head_width(self._given)
-        with torch.device("meta"):
+        with loaded_whole(), torch.device("meta"):
             return head_width(AutoModelForCausalLM.from_config(self.config))
 
     @property
@@ -115,10 +115,12 @@ class Assistant:
             return backbone.eval()
 
     def _load(self) -> PreTrainedModel:
+        options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
-            )
+            with loaded_whole():
+                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                    self.name, revision=self.revision, **options
+                )
         except OSError as error:
             raise ValueError(
                 f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
