@@ -17,6 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -35,6 +36,11 @@ from transformers import (
 from softcot_peft import SoftCoTConfig
 
 torch.set_num_threads(1)  # the workers of pytest-xdist are the parallelism
+
+# The normal run draws the same cases every time; `make fuzz` draws new ones and says how to draw a failure again.
+settings.register_profile("stable", derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTIONS = [
@@ -208,6 +214,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         root / "twin",
         AutoTokenizer.from_pretrained(root / "base"),
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many random cases the tests of test_properties.py checked to their end."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    cases = sum(value for report in reports for name, value in report.user_properties if name == "cases")
+    if cases:
+        terminalreporter.write_line(f"{cases} random cases checked")
 
 
 @pytest.fixture(autouse=True)
