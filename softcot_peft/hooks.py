@@ -187,7 +187,8 @@ class ThoughtHooks:
     def _warn_unread(self, inputs: dict[str, Any], placement: Placement) -> None:
         """Warn where no row of the logits but the last would read the thoughts."""
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
-        if placement.inserted and not labelled and inputs.get("logits_to_keep") != 1:
+        keep = inputs.get("logits_to_keep")  # a number or a tensor of columns
+        if placement.inserted and not labelled and not (isinstance(keep, int) and keep == 1):
             warnings.warn(
                 "Without `labels`, thoughts stand after the last token of each row, and the logits of all rows before "
                 "are the plain base's. If a response is among the tokens (a loss or log-likelihoods computed outside "

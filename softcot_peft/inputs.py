@@ -169,11 +169,9 @@ def _keep_logits(inputs: dict[str, Any], placement: Placement, length: int) -> t
     if keep is None or (isinstance(keep, int) and keep == 0):
         return None, False
     if isinstance(keep, int):
-        keep = min(keep, length)
-        if length - keep >= placement.latest - 1:  # every row asked for moves up by N
-            inputs["logits_to_keep"] = keep
+        if 0 < keep <= length - placement.latest + 1:  # every row asked for moves up by N
             return None, True
-        keep = torch.arange(length - keep, length, device=placement.start.device)
+        keep = torch.arange(length, device=placement.start.device)[-keep:]
     # A token's row is its own before the thoughts and N further after them; rows differ, so both are computed.
     inputs["logits_to_keep"] = torch.cat([keep, keep + placement.num_thoughts])
     return keep, False
