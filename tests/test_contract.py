@@ -256,6 +256,17 @@ class TestLine3WhatComesBack:
         want = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
         torch.testing.assert_close(kept, want, atol=1e-5, rtol=1e-5)
 
+    @SIDES
+    @pytest.mark.filterwarnings("ignore:Without `labels`:UserWarning")
+    @pytest.mark.parametrize(
+        "keep", [1, 5, -5, 1000, torch.tensor([1]), torch.tensor([3, 9, 12])], ids=lambda keep: str(keep)
+    )
+    def test_logits_to_keep_without_labels(self, pair: Pair, model: PeftModel, side: str, keep: int | Tensor) -> None:
+        batch = pair.batch(QUESTIONS, side)
+        whole = model(**batch).logits
+        want = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+        torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, want, atol=1e-5, rtol=1e-5)
+
     def test_hidden_states_and_attentions_line_up(self, pair: Pair) -> None:
         model = pair.model()
         model.get_base_model().set_attn_implementation("eager")
