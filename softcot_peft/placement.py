@@ -203,9 +203,11 @@ def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids that count attended tokens, as transformers' `generate` makes them: `(B, L)` to `(B, L)`."""
-    counted = attention_mask.long().cumsum(-1) - 1
-    return counted.masked_fill(attention_mask == 0, 0)
+    """Position ids that count attended tokens, as transformers' `generate` makes them: `(B, L)` to `(B, L)`.
+
+    Padding has the position of the token before it, so that thoughts inserted behind it count on from there.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def trailing(attention_mask: Tensor) -> Tensor:
