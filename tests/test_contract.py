@@ -122,6 +122,17 @@ class TestLine1WhereThoughtsGo:
         output = model(**batch)
         torch.testing.assert_close(output.loss, oracle_loss(oracle, rows), atol=1e-5, rtol=0)
 
+    def test_responses_after_padded_prompts(self, pair: Pair, model: PeftModel, oracle: Oracle) -> None:
+        prompts = pair.batch(QUESTIONS, "right")
+        _, rows = supervised(pair, "right", ["So 12."] * 4)
+        responses = torch.tensor([response for _, response in rows])
+        batch = {
+            "input_ids": torch.cat([prompts["input_ids"], responses], 1),
+            "attention_mask": torch.cat([prompts["attention_mask"], torch.ones_like(responses)], 1),
+            "labels": torch.cat([torch.full_like(prompts["input_ids"], -100), responses], 1),
+        }
+        torch.testing.assert_close(model(**batch).loss, oracle_loss(oracle, rows), atol=1e-5, rtol=0)
+
     def test_automatic_without_labels_after_the_last_token(self, pair: Pair, model: PeftModel, oracle: Oracle) -> None:
         (row,) = pair.rows(QUESTIONS[:1])
         with pytest.warns(UserWarning, match="Without `labels`"):
