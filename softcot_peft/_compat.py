@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
@@ -127,6 +128,16 @@ def loaded_whole() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
         if setting is not None:
             os.environ[_FSDP_LOADING] = setting
+
+
+def attached_configs(model: nn.Module) -> dict[str, PeftConfig]:
+    """Configs of the adapters that a model carries, by name.
+
+    PEFT and transformers keep them in this attribute of the base, which plain bases do not have (peft 0.21). The dict
+    is the model's own: BaseTuner writes new adapters into it.
+    """
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+    return configs
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

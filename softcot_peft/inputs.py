@@ -37,6 +37,19 @@ def tokens(inputs: dict[str, Any]) -> Tensor:
     raise ValueError("`input_ids` must be given, got none. Pass the tokenized prompts.")
 
 
+def check_adapter_names(names: list[str] | None) -> None:
+    """Refuse a batch whose rows ask for adapters of their own.
+
+    Raises:
+        ValueError: Names are given.
+    """
+    if names is not None:
+        raise ValueError(
+            "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the rows "
+            "of each adapter as a batch of their own."
+        )
+
+
 def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
     """Refuse arguments that cannot carry thoughts.
 
@@ -45,8 +58,10 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
         own: The caller's own assistant input.
 
     Raises:
-        ValueError: Embeddings without a prompt for the assistant, a packed batch, or a mask that is no padding mask.
+        ValueError: Embeddings without a prompt for the assistant, a packed batch, a mask that is no padding mask, or
+            `adapter_names`.
     """
+    check_adapter_names(inputs.get("adapter_names"))  # the bare base would take and ignore it
     embeds_only = inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None
     if embeds_only and own["assistant_input_ids"] is None:
         raise ValueError(

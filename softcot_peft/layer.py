@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,10 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         raise ValueError(
             "A SoftCoT adapter cannot be merged into the base; use `unload()` to get the plain base back."
         )
+
+    def unmerge(self) -> None:
+        """Nothing to do, said as PEFT's other layers say it: a base may carry a merged LoRA beside."""
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
 
     def __repr__(self) -> str:
         return "softcot." + super().__repr__()

@@ -8,15 +8,17 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import check_decoder_lm
+from ._compat import attached_configs, check_decoder_lm
 from ._version import __version__
 from .assistant import find_assistant
 from .config import SoftCoTConfig
 from .hooks import ThoughtHooks
+from .inputs import check_adapter_names
 from .layer import SoftCoTLayer
 from .reader import make_reader
 
@@ -43,6 +45,51 @@ class SoftCoTModel(BaseTuner):
     tuner_layer_cls = SoftCoTLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # as BaseTuner declares it
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        attached = attached_configs(model)
+        earlier = dict(attached)
+        other = earlier.get(adapter_name)
+        if other is not None and not isinstance(other, SoftCoTConfig):
+            raise ValueError(
+                f"`adapter_name` must be new to the base, got {adapter_name!r}, the name of its "
+                f"{other.peft_type!s} adapter: under one name only one of the two would be saved. Pass another, "
+                "such as `adapter_name='thoughts'`."
+            )
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            attached.update(earlier)  # BaseTuner has written the refused config over one of the same name
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """SoftCoT adapters are never merged, so there is nothing to take out of the base again.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "A SoftCoT adapter is never merged, so there is nothing to unmerge. Use `disable_adapter()` to run the "
+            "plain base, or `unload()` to get it back."
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """SoftCoT adapters cannot be combined into one.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`add_weighted_adapter` is not supported: each SoftCoT adapter has an assistant and a number of thoughts "
+            "of its own. Choose one with `set_adapter`."
+        )
+
     # The following override private methods of BaseTuner, its way of being subclassed (peft 0.21).
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -50,7 +97,14 @@ class SoftCoTModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"The base must be a transformers model, got {type(model).__name__}.")
+            raise TypeError(
+                f"The base must be a transformers model, got {type(model).__name__}."
+                + (
+                    " Pass its `get_base_model()`, on which its adapters stay, and an `adapter_name` that is new."
+                    if isinstance(model, PeftModel)
+                    else ""
+                )
+            )
         remedy = "SoftCoT works on models of `AutoModelForCausalLM`."
         check_decoder_lm(model.config, "The base", remedy)
         if model.get_output_embeddings() is None:
@@ -82,7 +136,7 @@ class SoftCoTModel(BaseTuner):
         config = cast(SoftCoTConfig, peft_config)
         name = str(config.assistant_model_name_or_path)
         assistant = find_assistant(name, config.assistant_revision, config.assistant_dtype)
-        layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(target)
+        layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(_plain(target))
         _check_sizes(config, assistant.hidden_size, layer.base_hidden_size)
         reader = make_reader(config, assistant, self.model.name_or_path)
         layer.update_layer(adapter_name, reader)
@@ -121,12 +175,7 @@ class SoftCoTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops `adapter_names` before the base sees it.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the "
-                "rows of each adapter as a batch of their own."
-            )
+        check_adapter_names(kwargs.get("adapter_names"))  # PEFT drops it before the base sees it
         yield
 
     @classmethod
@@ -175,6 +224,17 @@ def _discard(model: nn.Module, adapter_name: str, layer: SoftCoTLayer) -> None:
         model.delete_adapter(adapter_name)
     else:
         cast(SoftCoTModel, model.base_model).unload()
+
+
+def _plain(embedding: nn.Module) -> nn.Module:
+    """Refuse an embedding that another adapter has wrapped: inside of ours, no loader would find its weights."""
+    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(
+            f"The base's input embedding must be free of other adapters, got {type(embedding).__module__}."
+            f"{type(embedding).__name__}. Merge that adapter first (`merge_and_unload()`), or keep the embedding out "
+            "of its `target_modules`, `modules_to_save` and `trainable_token_indices`."
+        )
+    return embedding
 
 
 def _softcot_layer(model: nn.Module) -> SoftCoTLayer:
