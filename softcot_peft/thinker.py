@@ -6,10 +6,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import is_whole, position_limit
+from ._compat import attached_configs, is_whole, position_limit
+from .config import SoftCoTConfig
 from .inputs import tokens
 from .layer import SoftCoTLayer
 from .placement import IGNORED, Placement, locate, prompts
@@ -68,6 +70,23 @@ class Thinker:
                 "the input, or lower `num_thought_tokens` or `inference_num_thought_tokens`."
             )
 
+    def _check_neighbours(self) -> None:
+        """Refuse to go on where another method's adapter, attached later, changes the thoughts or took the name."""
+        embedding, name = self.model.get_input_embeddings(), self.layer.active_name()
+        if embedding is not self.layer and isinstance(embedding, BaseTunerLayer):
+            kind = type(embedding)
+            raise ValueError(
+                f"The base's input embedding must be free of other adapters, got {kind.__module__}.{kind.__name__} "
+                "around the thoughts, which it would change. Call `unload()` and keep the embedding out of its "
+                "`target_modules`."
+            )
+        config = attached_configs(self.model).get(str(name))
+        if config is not None and not isinstance(config, SoftCoTConfig):
+            raise ValueError(
+                f"Adapter {name!r} must have a name of its own, but a {config.peft_type!s} adapter was attached under "
+                "it, and only that one would be saved. Call `unload()` and give the two different names."
+            )
+
     def think(
         self,
         input_ids: Tensor | None,
@@ -89,8 +108,10 @@ class Thinker:
             The hidden states that the layer projects, `(B, N, H_assistant)`, in the assistant's dtype.
 
         Raises:
-            ValueError: The caller's assistant input does not fit the batch or N.
+            ValueError: The caller's assistant input does not fit the batch or N, or an adapter of another method that
+                was attached later has taken over the embedding or the name.
         """
+        self._check_neighbours()
         num, batch = placement.num_thoughts, len(placement.start)
         if assistant_input_ids is None:
             if input_ids is None:
