@@ -335,3 +335,43 @@ def test_peft_refuses_other_types_beside_soft_thoughts_in_one_peft_model(pair: P
     assert torch.equal(next_logits(model, pair), expected)
     with pytest.raises(ValueError, match="'SOFTCOT' is not compatible with the `PeftMixedModel`"):
         get_peft_model(pair.load_base(), pair.config(), mixed=True)
+
+
+def test_a_lora_put_around_the_embedding_later_is_refused(pair: Pair) -> None:
+    model = get_peft_model(pair.load_base(), pair.config(), "thoughts").eval()
+    base = model.get_base_model()
+    inject_adapter_in_model(LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]), base, "tuned")
+    for call, running in ((next_logits, model), (next_logits, base), (answers, base)):
+        with pytest.raises(ValueError, match=r"got peft\.tuners\.lora\.layer\.Embedding around the thoughts"):
+            call(running, pair)
+    model.unload()
+    assert torch.equal(next_logits(base, pair), next_logits(pair.load_base().requires_grad_(False), pair))
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3]}])
+def test_peft_refuses_to_train_or_copy_the_wrapped_embedding(pair: Pair, changes: dict[str, Any]) -> None:
+    model = get_peft_model(pair.load_base(), pair.config(), "thoughts").eval()
+    expected = next_logits(model, pair)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **changes)
+    with pytest.raises(TypeError, match=r"cannot be applied to modules of type .*SoftCoTLayer"):
+        inject_adapter_in_model(lora, model.get_base_model(), "tuned")
+    torch.testing.assert_close(next_logits(model, pair), expected)  # the LoRA's layers, all zero, may stay behind
+
+
+def test_a_lora_attached_later_under_the_same_name_is_refused(pair: Pair) -> None:
+    model = pair.model()
+    base = model.get_base_model()
+    inject_adapter_in_model(LORA, base)
+    for call, running in ((next_logits, model), (next_logits, base), (answers, base)):
+        with pytest.raises(ValueError, match=r"Adapter 'default' must have a name of its own, .*LORA"):
+            call(running, pair)
+
+
+def test_unloading_through_the_lora_s_model_is_not_silent(pair: Pair) -> None:
+    tuned = get_peft_model(pair.load_base(), LARGE, "tuned").eval()
+    model = get_peft_model(tuned.get_base_model(), pair.config(), "thoughts").eval()
+    base = tuned.unload()  # takes every adapter's layers off, of whatever method
+    with pytest.raises(RuntimeError, match="input embedding of LlamaForCausalLM must write the thoughts"):
+        next_logits(base, pair)
+    assert model.unload() is base
+    assert torch.equal(next_logits(base, pair), next_logits(pair.load_base().requires_grad_(False), pair))
