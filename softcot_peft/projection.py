@@ -28,12 +28,14 @@ class ThoughtProjection(nn.Linear):
         """Project `(B, N, H_assistant)` to `(B, N, H_base)`, computed and returned in the projection's dtype.
 
         Raises:
-            RuntimeError: The weights are sharded or offloaded, and nothing brought them in.
+            RuntimeError: The weights are sharded or offloaded and nothing brought them in, or they were never loaded.
         """
         if not is_whole(self.weight):
             raise RuntimeError(
-                "The projection's weights must be here when it runs, but they are sharded or offloaded, and come in "
-                "only while the input embedding runs. Pass `input_ids` instead of `inputs_embeds`."
+                "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
+                "with `low_cpu_mem_usage=True` and never loaded. Sharded or offloaded ones come in only while the "
+                "input embedding runs: pass `input_ids` instead of `inputs_embeds`. To load them, call `load_adapter` "
+                "or `set_peft_model_state_dict`."
             )
         with torch.autocast(hidden.device.type, enabled=False):  # the same thoughts in training and inference
             return super().forward(hidden.to(self.weight.dtype))
