@@ -278,7 +278,7 @@ def test_saved_embeddings_do_not_load_into_a_base_that_was_not_resized(pair: Pai
         PeftModel.from_pretrained(pair.load_base(), tmp_path)
 
 
-def test_resizing_after_attaching_is_not_silent(pair: Pair) -> None:
+def test_resizing_after_attaching_is_refused(pair: Pair) -> None:
     model = pair.model()
     wanted = answers(model, pair)
     with pytest.raises(ValueError, match="resize"):
