@@ -109,6 +109,12 @@ def full_shape(weight: Tensor) -> torch.Size:
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
+def device_map_of(model: nn.Module) -> dict[str, Any]:
+    """Where accelerate has put a model's modules, to be read and written; empty where it has not."""
+    found: dict[str, Any] = getattr(model, "hf_device_map", {})
+    return found
+
+
 @contextmanager
 def loaded_whole() -> Iterator[None]:
     """Make or load a model whole in every process, whatever engine the base is to be trained with.

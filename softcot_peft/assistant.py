@@ -154,10 +154,13 @@ class Assistant:
                 "assistant with more positions."
             )
         model = self.backbone(device)
-        arguments = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+        at = (
+            device if model.device.type == "meta" else model.device
+        )  # accelerate's hooks move inputs of offloaded ones
+        arguments = {"input_ids": input_ids.to(at), "attention_mask": attention_mask.to(at)}
         if accepts(model.forward, "position_ids"):
             arguments["position_ids"] = positions(arguments["attention_mask"])
-        with torch.autocast(model.device.type, enabled=False):  # the same thoughts in training and inference
+        with torch.autocast(at.type, enabled=False):  # the same thoughts in training and inference
             output = model(**arguments, use_cache=False, return_dict=True)
         return output.last_hidden_state[:, -num_thoughts:].to(device)
 

@@ -84,6 +84,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base's dtype, which rounds what `low_cpu_mem_usage=True` has just loaded.
+        # Where accelerate has offloaded the embedding, the projection stays where it is, and computes there.
         device, projection = device or self.weight.device, self.softcot_projection[adapter_name]
         if torch.device("meta") not in (device, projection.weight.device):
             projection.to(device)
@@ -123,6 +124,20 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         projected: Tensor = self.softcot_projection[name](hidden)
         return projected
 
+    def check_trains(self) -> None:
+        """Refuse to train a projection that is offloaded: accelerate drops the copy that gets the gradients.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        (name,) = self._active_names()
+        weight = self.softcot_projection[name].weight
+        if weight.device.type == "meta" and weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "The projection must be in memory to be trained, but accelerate has offloaded it, and its gradients "
+                "would be lost. Offload the base first and add the adapter then, or call the model in eval mode."
+            )
+
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look ids up, then write the soft thoughts of the running forward pass, if any, out of place.
 
@@ -143,7 +158,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         if writing is None or writing.layer is not self or shape != writing.shape:
             return embeddings
         writing.done = True
-        return write_thoughts(embeddings, self.soft_thoughts(writing.hidden.to(embeddings.device)), writing.start)
+        return write_thoughts(embeddings, self.soft_thoughts(writing.hidden), writing.start)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """SoftCoT cannot be merged; see `SoftCoTModel.merge_and_unload`."""

@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import attached_configs, check_decoder_lm
+from ._compat import attached_configs, check_decoder_lm, device_map_of, is_whole
 from ._version import __version__
 from .assistant import find_assistant
 from .config import SoftCoTConfig
@@ -23,6 +23,7 @@ from .layer import SoftCoTLayer
 from .reader import make_reader
 
 _HOOKS = "softcot_hooks"  # attribute of the base that holds its hooks
+_PROJECTION = SoftCoTLayer.adapter_layer_names[0]
 
 
 class SoftCoTModel(BaseTuner):
@@ -153,6 +154,17 @@ class SoftCoTModel(BaseTuner):
         dtype = torch.float32 if autocast_adapter_dtype else layer.weight.dtype
         layer.softcot_projection[adapter_name].to(dtype)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own moves the adapter to where the embedding's weight is: to meta, where accelerate has offloaded it,
+        # and with nothing there to bring the adapter back.
+        setattr(parent, child_name, new_module)
+        layer = cast(SoftCoTLayer, new_module)
+        for name in layer.softcot_projection:
+            layer._move_adapter_to_device_of_base_layer(name)
+        if not is_whole(layer.weight):
+            # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
+            device_map_of(self.model)[f"{self._embedding_name}.{_PROJECTION}"] = "cpu"
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "A SoftCoT adapter cannot be merged: its thoughts depend on the prompt, so no change of the base's "
@@ -171,6 +183,7 @@ class SoftCoTModel(BaseTuner):
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.model.__dict__.pop(_HOOKS).remove()
+        device_map_of(self.model).pop(f"{self._embedding_name}.{_PROJECTION}", None)
         return self.model
 
     @contextmanager

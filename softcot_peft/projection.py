@@ -25,7 +25,7 @@ class ThoughtProjection(nn.Linear):
             nn.init.normal_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Project `(B, N, H_assistant)` to `(B, N, H_base)`, computed and returned in the projection's dtype.
+        """Project `(B, N, H_assistant)` to `(B, N, H_base)`, in the projection's dtype and on its device.
 
         Raises:
             RuntimeError: The weights are sharded or offloaded and nothing brought them in, or they were never loaded.
@@ -33,9 +33,10 @@ class ThoughtProjection(nn.Linear):
         if not is_whole(self.weight):
             raise RuntimeError(
                 "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
-                "with `low_cpu_mem_usage=True` and never loaded. Sharded or offloaded ones come in only while the "
-                "input embedding runs: pass `input_ids` instead of `inputs_embeds`. To load them, call `load_adapter` "
-                "or `set_peft_model_state_dict`."
+                "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
+                "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
+                "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
+                "call `load_adapter` or `set_peft_model_state_dict`."
             )
         with torch.autocast(hidden.device.type, enabled=False):  # the same thoughts in training and inference
-            return super().forward(hidden.to(self.weight.dtype))
+            return super().forward(hidden.to(self.weight))

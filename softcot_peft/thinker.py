@@ -110,8 +110,11 @@ class Thinker:
         Raises:
             ValueError: The caller's assistant input does not fit the batch or N, or an adapter of another method that
                 was attached later has taken over the embedding or the name.
+            RuntimeError: The model is in training mode and the projection cannot be trained where it is.
         """
         self._check_neighbours()
+        if self.model.training:
+            self.layer.check_trains()
         num, batch = placement.num_thoughts, len(placement.start)
         if assistant_input_ids is None:
             if input_ids is None:
