@@ -5,9 +5,9 @@ The rows come in a fixed order, so that several processes together see in each s
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from peft import get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from softcot_peft import SoftCoTConfig
+from softcot_peft._compat import is_whole
 
 FILLS = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 
@@ -46,6 +49,23 @@ def allow_fsdp_on_cpu() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = with_fsdp
+
+
+def share(items: list[Any], accelerator: Accelerator) -> list[Any]:
+    """One process's part; all parts are of one length."""
+    return items[accelerator.process_index :: accelerator.num_processes]
+
+
+def answers(trainer: Trainer, prompt: list[int]) -> list[list[int]]:
+    """Greedy tokens, and as many of them again as come before a token that ends this prompt's answer early."""
+    ids = torch.tensor([prompt], device=trainer.accelerator.device)
+    model, options = trainer.model.eval(), {"max_new_tokens": 8, "do_sample": False}
+    options["synced_gpus"] = trainer.accelerator.num_processes > 1
+    full = model.generate(input_ids=ids, **options)[0, len(prompt) :].tolist()
+    # The shorter the prompt, the earlier: the processes end at different steps, and have to wait for each other.
+    stop = full[min(len(prompt) // 8, len(full) - 1)]
+    short = model.generate(input_ids=ids, eos_token_id=stop, **options)
+    return [full, short[0, len(prompt) :].tolist()]
 
 
 def main() -> None:
@@ -81,8 +101,10 @@ def main() -> None:
     model = get_peft_model(base, SoftCoTConfig(**data["config"]))
     trainer = Trainer(model, options, collate, train_dataset=data["rows"])
     trainer.train()
+    sharded = sum(not is_whole(weight) for weight in model.parameters())
     trainer.save_model(str(args.output / "adapter"))
     accelerator = trainer.accelerator
+    continued = gather_object([answers(trainer, prompt) for prompt in share(data["prompts"], accelerator)])
     if accelerator.is_main_process:
         logs = [log for log in trainer.state.log_history if "loss" in log]
         result = {
@@ -90,11 +112,15 @@ def main() -> None:
             "norms": [log["grad_norm"] for log in logs],
             "engine": str(accelerator.distributed_type),
             "processes": accelerator.num_processes,
-            "sharded": sorted({type(weight).__name__ for weight in trainer.model_wrapped.parameters()}),
+            "sharded": sharded / len(list(model.parameters())),
+            "continued": continued,
         }
         (args.output / "result.json").write_text(json.dumps(result))
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    gc.collect()  # frees the wrapped model: DDP's reducer may hang if its process group went first (torch 2.13)
+    if dist.is_initialized():
+        dist.destroy_process_group()
