@@ -141,10 +141,13 @@ class SoftCoTModel(BaseTuner):
         _check_sizes(config, assistant.hidden_size, layer.base_hidden_size)
         reader = make_reader(config, assistant, self.model.name_or_path)
         layer.update_layer(adapter_name, reader)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-        else:
-            layer._move_adapter_to_device_of_base_layer(adapter_name)
+        # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
+        # has offloaded it, and nothing would bring the adapter back.
+        setattr(parent, target_name, layer)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        if not is_whole(layer.weight):
+            # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
+            device_map_of(self.model)[f"{self._embedding_name}.{_PROJECTION}"] = "cpu"
         if _HOOKS not in self.model.__dict__:
             setattr(self.model, _HOOKS, ThoughtHooks(self.model, layer))
 
@@ -153,17 +156,6 @@ class SoftCoTModel(BaseTuner):
         layer = _softcot_layer(self.model)
         dtype = torch.float32 if autocast_adapter_dtype else layer.weight.dtype
         layer.softcot_projection[adapter_name].to(dtype)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own moves the adapter to where the embedding's weight is: to meta, where accelerate has offloaded it,
-        # and with nothing there to bring the adapter back.
-        setattr(parent, child_name, new_module)
-        layer = cast(SoftCoTLayer, new_module)
-        for name in layer.softcot_projection:
-            layer._move_adapter_to_device_of_base_layer(name)
-        if not is_whole(layer.weight):
-            # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
-            device_map_of(self.model)[f"{self._embedding_name}.{_PROJECTION}"] = "cpu"
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
