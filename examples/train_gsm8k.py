@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 
@@ -171,10 +172,20 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
     rows, collator = training_rows(tokenizer, args), DataCollatorForSeq2Seq(tokenizer)
     trainer = Trainer(model, options, collator, train_dataset=rows, processing_class=tokenizer)
     before = training_loss(model, collator, rows[:64])
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir) if args.resume else None)
     trainer.save_model()
     after = training_loss(model, collator, rows[:64])
     trainer.accelerator.print(f"Loss on the same training rows: {before:.3f} at the start, {after:.3f} at the end")
+
+
+def last_whole_checkpoint(folder: str | Path) -> str:
+    """The last checkpoint that was written to its end; `Trainer` itself takes the last one, and fails on a half."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        with suppress(OSError, json.JSONDecodeError):
+            json.loads((path / "trainer_state.json").read_bytes())  # what `Trainer` writes last
+            return str(path)
+    raise ValueError(f"`--resume` needs a checkpoint in `--output-dir`, {str(folder)!r} holds no whole one.")
 
 
 @torch.no_grad()

@@ -68,6 +68,42 @@ def answers(trainer: Trainer, prompt: list[int]) -> list[list[int]]:
     return [full, short[0, len(prompt) :].tolist()]
 
 
+def make_trainer(
+    data: dict[str, Any], output: Path, batch_size: int = 4, cuda: bool = False, **changes: Any
+) -> Trainer:
+    """A trainer of a fresh adapter.
+
+    Args:
+        data: The folders of base and assistant, the adapter's config, the rows, the number of steps.
+        output: Folder of its checkpoints.
+        batch_size: Rows per process.
+        cuda: bf16 on GPUs, instead of float32 on CPUs.
+        **changes: Other training arguments.
+    """
+    options: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": data["steps"],
+        "per_device_train_batch_size": batch_size,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": not cuda,
+        "bf16": cuda,
+        "ddp_backend": "gloo" if "LOCAL_RANK" in os.environ and not cuda else None,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+        "seed": 5,
+    }
+    arguments = TrainingArguments(**(options | changes))
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(data["base"])
+    model = get_peft_model(base, SoftCoTConfig(**data["config"]))
+    return Trainer(model, arguments, collate, train_dataset=data["rows"])
+
+
 def main() -> None:
     """Train, save, generate; rank 0 writes `result.json` beside the adapter."""
     parser = ArgumentParser()
@@ -75,31 +111,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--batch-size", type=int, default=4, help="rows per process")
     parser.add_argument("--cuda", action="store_true", help="bf16 on GPUs, instead of float32 on CPUs")
+    parser.add_argument("--options", type=json.loads, default={}, help="other training arguments")
     args = parser.parse_args()
     data = json.loads(args.data.read_text())
     if not args.cuda:
         allow_fsdp_on_cpu()
-    options = TrainingArguments(
-        output_dir=str(args.output),
-        max_steps=data["steps"],
-        per_device_train_batch_size=args.batch_size,
-        train_sampling_strategy="sequential",
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=not args.cuda,
-        bf16=args.cuda,
-        ddp_backend="gloo" if "LOCAL_RANK" in os.environ and not args.cuda else None,
-        disable_tqdm=True,
-        dataloader_pin_memory=args.cuda,
-        seed=5,
-    )
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(data["base"])
-    model = get_peft_model(base, SoftCoTConfig(**data["config"]))
-    trainer = Trainer(model, options, collate, train_dataset=data["rows"])
+    trainer = make_trainer(data, args.output, args.batch_size, args.cuda, **args.options)
+    model = trainer.model
     trainer.train()
     sharded = sum(not is_whole(weight) for weight in model.parameters())
     trainer.save_model(str(args.output / "adapter"))

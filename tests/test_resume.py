@@ -1,0 +1,163 @@
+"""Training that is killed, and goes on from its last whole checkpoint, ends on the weights it would have ended on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUESTIONS, Pair, load_example
+from safetensors.torch import load_file
+from torch import Tensor
+
+SCRIPT = Path(__file__).parent / "distributed" / "train.py"
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+# In the order in which `Trainer` writes them; what comes before the state may be there in part.
+WRITTEN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+OPTIONS = {  # everything that has to come back: moments, schedule, order of the rows
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "lr_scheduler_type": "linear",
+    "train_sampling_strategy": "random",
+}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_data(pair: Pair, steps: int) -> dict[str, Any]:
+    prompts, responses = pair.rows(QUESTIONS), pair.rows([" Five.<eos>", " It has eight legs.<eos>"])
+    rows = [(prompt, response) for prompt in prompts for response in responses]
+    config = pair.config().to_dict()
+    return {
+        "base": str(pair.base),
+        "config": {name: config[name] for name in ("task_type", "assistant_model_name_or_path", "num_thought_tokens")},
+        "steps": steps,
+        "prompts": [],
+        "rows": [
+            {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in rows
+        ],
+    }
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Training:
+    """A whole training of some steps, with a checkpoint after each."""
+
+    def __init__(self, pair: Pair, folder: Path) -> None:
+        self.data, self.folder = make_data(pair, STEPS), folder
+        self.script = load_script()
+        self.last_whole_checkpoint = load_example("train_gsm8k").last_whole_checkpoint
+        self.run(folder / "whole")
+        self.weights = self.adapter(folder / "whole", STEPS)
+
+    def run(self, output: Path, resume: str | bool | None = None) -> None:
+        self.script.make_trainer(self.data, output, **OPTIONS).train(resume_from_checkpoint=resume)
+
+    def adapter(self, output: Path, step: int) -> dict[str, Tensor]:
+        return load_file(output / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+    def cut(self, output: Path, step: int, file: str) -> None:
+        """Leave what is there when a process is killed halfway through a file of a step's checkpoint."""
+        for number in range(1, step + 1):
+            shutil.copytree(self.folder / "whole" / f"checkpoint-{number}", output / f"checkpoint-{number}")
+        checkpoint = output / f"checkpoint-{step}"
+        for later in WRITTEN[WRITTEN.index(file) + 1 :]:
+            (checkpoint / later).unlink()
+        content = (checkpoint / file).read_bytes()
+        (checkpoint / file).write_bytes(content[: len(content) // 2])
+
+
+@pytest.fixture(scope="module")
+def training(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return Training(pair, tmp_path_factory.mktemp("training"))
+
+
+def test_the_state_is_what_the_trainer_writes_last(training: Training) -> None:
+    files = sorted((training.folder / "whole" / "checkpoint-3").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    names = [path.name for path in files]
+    assert [name for name in names if name in WRITTEN] == list(WRITTEN)
+    assert names[-1] == WRITTEN[-1]
+
+
+def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(training: Training, tmp_path: Path) -> None:
+    shutil.copytree(training.folder / "whole" / "checkpoint-4", tmp_path / "checkpoint-4")
+    training.run(tmp_path, resume=True)
+    assert same(training.adapter(tmp_path, STEPS), training.weights)
+    assert not same(training.adapter(training.folder / "whole", 4), training.weights)
+
+
+@pytest.mark.parametrize("file", WRITTEN)
+def test_a_half_checkpoint_is_passed_over(training: Training, tmp_path: Path, file: str) -> None:
+    training.cut(tmp_path, 4, file)
+    found = training.last_whole_checkpoint(tmp_path)
+    assert Path(found).name == "checkpoint-3"
+    training.run(tmp_path, resume=found)
+    assert same(training.adapter(tmp_path, STEPS), training.weights)
+
+
+@pytest.mark.parametrize("file", WRITTEN)
+def test_the_trainer_alone_never_trains_on_from_a_half_checkpoint(
+    training: Training, tmp_path: Path, file: str
+) -> None:
+    training.cut(tmp_path, 4, file)
+    with pytest.raises(Exception):  # noqa: B017, PT011  # of safetensors, json or the file system, by the file
+        training.run(tmp_path, resume=True)
+    assert not (tmp_path / f"checkpoint-{STEPS}").exists()
+
+
+def test_without_a_whole_checkpoint_resuming_is_refused(training: Training, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no whole one"):
+        training.last_whole_checkpoint(tmp_path)
+    training.cut(tmp_path, 1, "optimizer.pt")
+    with pytest.raises(ValueError, match="holds no whole one"):
+        training.last_whole_checkpoint(tmp_path)
+
+
+def test_training_killed_at_any_moment_ends_on_the_same_weights(pair: Pair, tmp_path: Path) -> None:
+    steps, last = 30, random.SystemRandom().randint(2, 15)
+    training = make_data(pair, steps)
+    (tmp_path / "data.json").write_text(json.dumps(training))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "data.json"), str(tmp_path), "--options"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, json.dumps(OPTIONS)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not (tmp_path / f"checkpoint-{last}").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(random.SystemRandom().uniform(0, 0.05))  # about as long as writing it takes
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / f"checkpoint-{steps}").exists()
+    script, find = load_script(), load_example("train_gsm8k").last_whole_checkpoint
+    found = find(tmp_path)
+    script.make_trainer(training, tmp_path, **OPTIONS).train(resume_from_checkpoint=found)
+    options = OPTIONS | {"save_steps": steps}
+    script.make_trainer(training, tmp_path / "whole", **options).train()
+    killed, whole = (
+        load_file(folder / f"checkpoint-{steps}" / "adapter_model.safetensors")
+        for folder in (tmp_path, tmp_path / "whole")
+    )
+    assert same(killed, whole), f"after {found}"
