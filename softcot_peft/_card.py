@@ -7,15 +7,15 @@ from pathlib import Path
 _HEADING = "## Loading this SoftCoT adapter"
 
 
-def write_usage(folder: str, base: str | None, assistant: str | None) -> None:
-    """Add the loading paragraph to the model card in a folder, once; make the card if there is none.
+def write_usage(card: Path, folder: Path, base: str | None, assistant: str | None) -> None:
+    """Write a model card with the loading paragraph into a folder, unless the card has it.
 
     Args:
-        folder: The adapter's folder.
+        card: The adapter's model card, if there is one.
+        folder: Where the new card is written.
         base: Hub id or folder of the base.
         assistant: Hub id, folder or given name of the assistant.
     """
-    card = Path(folder) / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
     if _HEADING in text:
         return
@@ -36,4 +36,4 @@ model = PeftModel.from_pretrained(base, "this repository or folder")
 
 The frozen assistant is `{assistant}`.
 """
-    card.write_text(text.rstrip("\n") + "\n" + usage, encoding="utf-8")
+    (folder / card.name).write_text(text.rstrip("\n") + "\n" + usage, encoding="utf-8")

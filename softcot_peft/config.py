@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, PeftType, TaskType
 
 from ._card import write_usage
+from ._saving import STAGED, save_config
 
 _POSITIVE = ("num_thought_tokens", "inference_num_thought_tokens")
 _TEXTS = (
@@ -51,6 +53,8 @@ class SoftCoTConfig(PeftConfig):
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
+        interrupted_save: Stands in `adapter_config.json` only while one adapter is saved over another with a different
+            config; no field.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -99,7 +103,15 @@ class SoftCoTConfig(PeftConfig):
     # PEFT save the whole embedding matrix. Not a field, so that it is not written to adapter_config.json.
     target_modules: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
+    interrupted_save: InitVar[bool] = False
+
+    def __post_init__(self, interrupted_save: bool) -> None:
+        if interrupted_save:
+            raise ValueError(
+                "`adapter_config.json` must be an adapter's config, got the mark of a save that was killed while it "
+                f"replaced an adapter with another config. Move the files of the folder's `{STAGED}` up into the "
+                "folder, which finishes the save, or save the adapter again."
+            )
         super().__post_init__()
         self.peft_type = PeftType["SOFTCOT"]
         self.assistant_dtype = str(self.assistant_dtype).removeprefix("torch.")
@@ -162,9 +174,16 @@ class SoftCoTConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` and, in the model card, how to load the adapter.
 
+        When PEFT or transformers save the adapter, weights and config come into place together.
+
         Args:
             save_directory: Folder of the adapter; made if needed.
             **kwargs: As [`~peft.PeftConfig.save_pretrained`] takes them.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        write_usage(save_directory, self.base_model_name_or_path, self.assistant_model_name_or_path)
+
+        def write(folder: Path) -> None:
+            super(SoftCoTConfig, self).save_pretrained(str(folder), **kwargs)
+            card = Path(save_directory) / "README.md"
+            write_usage(card, folder, self.base_model_name_or_path, self.assistant_model_name_or_path)
+
+        save_config(save_directory, write)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import accepts, argument_names, cache_length, find_cache
+from ._saving import save_base
 from .caches import recall, remember
 from .columns import restore, restore_keys
 from .doors import Replaced, backbones, close, refuse_backbone
@@ -77,7 +78,7 @@ class ThoughtHooks:
             model.register_forward_hook(self.after_forward, with_kwargs=True),
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
-        self._replaced = close(model, layer)
+        self._replaced = [*close(model, layer), Replaced(model, "save_pretrained", save_base)]
         if hasattr(model, "generate"):
             self._replaced.append(Replaced(model, "generate", functools.partial(generate, self.thinker)))
             self._replaced.append(Replaced(model, "_prepare_cache_for_generation", prepare_cache))
