@@ -68,6 +68,9 @@ class PromptReader:
         for row, text in enumerate(texts):
             if any(token in text for token in special):
                 rows[row] = self._encode_spelled(text, num_thoughts)
+        if not self._chats:
+            end = _num_end_tokens(tokenizer)
+            rows = [row[: len(row) - end] for row in rows]
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         return (
@@ -104,6 +107,12 @@ class PromptReader:
         for piece in after:
             ids += [*content, *tokenizer(piece, add_special_tokens=False)["input_ids"]]
         return ids
+
+
+def _num_end_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens, such as EOS, a tokenizer puts after every text; the thoughts continue the text itself."""
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return int(added[::-1].index(0)) if 0 in added else 0
 
 
 def make_reader(config: SoftCoTConfig, assistant: Assistant, base_name: str | None) -> PromptReader:
