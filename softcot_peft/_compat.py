@@ -70,6 +70,24 @@ def head_width(model: PreTrainedModel) -> int:
     return int(getattr(head, "in_features", None) or head.weight.shape[-1])
 
 
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM without its head.
+
+    `base_model` is the whole model where `base_model_prefix` is not the backbone's name (Llama4ForCausalLM,
+    transformers 5.23); there it is the transformers model inside.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for found in (model.base_model, *model.children()):
+        if found is not model and isinstance(found, PreTrainedModel):
+            return found
+    raise ValueError(
+        f"The assistant must be a causal LM with a backbone of its own, got {type(model).__name__}. Choose another "
+        "assistant."
+    )
+
+
 def position_limit(config: PretrainedConfig) -> int | None:
     """How many tokens the model has positions for; `None` where the config names no limit."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from threading import RLock
-from typing import Any, cast
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,10 +19,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ._compat import accepts, check_decoder_lm, commit_of, head_width, is_empty, loaded_whole, position_limit
+from ._compat import (
+    accepts,
+    backbone_of,
+    check_decoder_lm,
+    commit_of,
+    head_width,
+    is_empty,
+    loaded_whole,
+    position_limit,
+)
 from .placement import positions
 
-_REMEDY = "Name a decoder LM, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
+_REMEDY = "Set its Hub id or folder, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
 
 
 class Assistant:
@@ -54,10 +63,11 @@ class Assistant:
         self.revision = revision
         self.dtype = dtype
         self._given = model
-        self._backbone = None if model is None else cast(PreTrainedModel, model.base_model)
+        self._backbone = None if model is None else backbone_of(model)
         self._tokenizer = tokenizer
         # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
         self.lock = RLock()
+        self._skips_padding: bool | None = None  # not known before there is padding
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Assistant:
         """A copied base shares the assistant."""
@@ -104,8 +114,13 @@ class Assistant:
             device: Where the base's embeddings are.
 
         Raises:
-            ValueError: The weights cannot be loaded.
+            ValueError: The weights cannot be loaded, or `device` holds no values.
         """
+        if device.type == "meta":
+            raise ValueError(
+                "The base's input embeddings must be on a device with values when it runs, got 'meta'. Load the "
+                "base's weights first."
+            )
         with self.lock:
             backbone = self._backbone
             if backbone is None:
@@ -126,7 +141,9 @@ class Assistant:
                 f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
                 "must be safetensors; pass a model loaded otherwise with `use_assistant`."
             ) from error
-        return cast(PreTrainedModel, model.base_model.requires_grad_(False))
+        backbone = backbone_of(model)
+        backbone.requires_grad_(False)
+        return backbone
 
     @torch.no_grad()
     def hidden_states(
@@ -154,15 +171,63 @@ class Assistant:
                 "assistant with more positions."
             )
         model = self.backbone(device)
-        at = (
-            device if model.device.type == "meta" else model.device
-        )  # accelerate's hooks move inputs of offloaded ones
-        arguments = {"input_ids": input_ids.to(at), "attention_mask": attention_mask.to(at)}
-        if accepts(model.forward, "position_ids"):
-            arguments["position_ids"] = positions(arguments["attention_mask"])
+        # accelerate's hooks move the inputs of offloaded ones
+        at = device if model.device.type == "meta" else model.device
+        input_ids, attention_mask = input_ids.to(at), attention_mask.to(at)
+        by_length = False
         with torch.autocast(at.type, enabled=False):  # the same thoughts in training and inference
-            output = model(**arguments, use_cache=False, return_dict=True)
-        return output.last_hidden_state[:, -num_thoughts:].to(device)
+            if self._skips_padding is not True and bool((attention_mask == 0).any()):
+                if self._skips_padding is None:
+                    self._skips_padding = _skips_padding(model, input_ids[attention_mask.sum(1).argmax()])
+                by_length = not self._skips_padding
+            if by_length:
+                hidden = _read_by_length(model, input_ids, attention_mask, num_thoughts)
+            else:
+                hidden = model(**_arguments(model, input_ids, attention_mask)).last_hidden_state[:, -num_thoughts:]
+        return hidden.to(device)
+
+
+def _arguments(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What a backbone's forward is called with."""
+    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, "return_dict": True}
+    if accepts(model.forward, "position_ids"):
+        arguments["position_ids"] = positions(attention_mask)
+    return arguments
+
+
+def _skips_padding(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a backbone reads a text the same with padding before it.
+
+    Attention that is told mask and positions does. Some models count positions by column (BART and its kin) or take
+    padding into a recurrent state (RWKV, xLSTM, RecurrentGemma; transformers 5.23), and nothing in their config or
+    signature tells. So it is tried once, on a row with its beginning masked: the hidden states of such models change
+    by as much as they are large, those of the others by rounding, 1 % in bfloat16.
+
+    Args:
+        model: The backbone.
+        ids: `(L,)`, any text of at least two tokens.
+    """
+    row, start = ids[None], max(1, len(ids) // 4)
+    mask = torch.ones_like(row)
+    mask[:, :start] = 0
+    # Not through `__call__`: who counts the assistant's passes with hooks is to see its prompts alone.
+    padded, alone = (
+        model.forward(**_arguments(model, *arguments)).last_hidden_state[:, start - len(ids) :].float()
+        for arguments in ((row, mask), (row[:, start:], mask[:, start:]))
+    )
+    return bool((padded - alone).norm() < 0.05 * alone.norm())
+
+
+def _read_by_length(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, num_thoughts: int) -> Tensor:
+    """Read the rows of each length together, without their padding: as `hidden_states`, one pass per length."""
+    lengths = attention_mask.count_nonzero(dim=1)
+    order, found = lengths.argsort(stable=True), []
+    for length in lengths.unique().tolist():
+        rows = lengths == length
+        ids = input_ids[rows][attention_mask[rows] != 0].view(-1, length)
+        output = model(**_arguments(model, ids, torch.ones_like(ids)))
+        found.append(output.last_hidden_state[:, -num_thoughts:])
+    return torch.cat(found)[order.argsort()]
 
 
 _given: dict[str, Assistant] = {}
@@ -249,7 +314,8 @@ def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") 
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`assistant_model_name_or_path`: the assistant {name!r} cannot be loaded: {error} {_REMEDY}"
+            f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} "
+            f"{_REMEDY}"
         ) from error
     check_decoder_lm(config, f"The assistant {name!r}", _REMEDY)
     key = (name, revision, dtype)
