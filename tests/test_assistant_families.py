@@ -97,7 +97,9 @@ def thoughts(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
     thinker = model.get_base_model().softcot_hooks.thinker
     reader = thinker.layer.active_reader()
     with torch.no_grad():
-        return thinker.think(batch["input_ids"], thinker.locate(batch, reader), reader)
+        return model.get_input_embeddings().soft_thoughts(
+            thinker.think(batch["input_ids"], thinker.locate(batch, reader), reader)
+        )
 
 
 def expected_thoughts(model: PeftModel, pair: Pair, folder: Path) -> Tensor:
