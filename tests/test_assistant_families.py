@@ -108,7 +108,7 @@ def expected_thoughts(model: PeftModel, pair: Pair, folder: Path) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)  # of values near 10
 
 
 @pytest.mark.parametrize("name", FAMILIES)
