@@ -103,7 +103,7 @@ def restore(
     batch, placed = start.shape[0], length + num
     logits_to_come = last_rows or kept is not None
 
-    def change(tensor: Tensor) -> Tensor:
+    def change(tensor: Tensor, name: str) -> Tensor:
         nonlocal logits_to_come
         shape = tensor.shape
         if logits_to_come and tensor.dim() == 3:  # the first of three dimensions in every causal LM's output
@@ -112,6 +112,10 @@ def restore(
                 return tensor
             late = kept.to(start.device) >= start[:, None] - 1  # (B, K)
             return take(tensor, torch.arange(kept.shape[0], device=start.device) + late * kept.shape[0])
+        states = name.endswith("hidden_states")
+        # Several streams of states (S, B, L, H)
+        if tensor.dim() == 4 and shape[1:3] == (batch, placed) and (states or shape[0] != batch):
+            return take(tensor.movedim(0, 2), rows).movedim(2, 0)
         if tensor.dim() == 4 and shape[0] == batch and shape[2] == placed:  # attentions (B, heads, query, key)
             queries = take(tensor.transpose(1, 2), rows)
             return _take_keys(queries.transpose(1, 2), keys, placed)
@@ -135,7 +139,7 @@ def restore_keys(output: _T, start: Tensor, num: int) -> _T:
         num: N, how many were inserted.
     """
 
-    def change(tensor: Tensor) -> Tensor:
+    def change(tensor: Tensor, name: str) -> Tensor:
         if tensor.dim() != 4 or tensor.shape[0] != start.shape[0]:
             return tensor
         columns = torch.arange(tensor.shape[3] - num, device=start.device)
@@ -153,15 +157,18 @@ def _take_keys(attentions: Tensor, keys: Tensor, placed: int) -> Tensor:
     return attentions.gather(3, index)
 
 
-def _map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor of a nested output; caches and other objects stay as they are."""
+def _map_tensors(output: Any, change: Callable[[Tensor, str], Tensor], name: str = "") -> Any:
+    """Apply a function to every tensor of a nested output and the name of its field, if it has one.
+
+    Caches and other objects stay as they are.
+    """
     if isinstance(output, Tensor):
-        return change(output)
+        return change(output, name)
     if isinstance(output, dict):  # ModelOutput is one
         changed = copy.copy(output)
         for key, value in output.items():
-            changed[key] = _map_tensors(value, change)
+            changed[key] = _map_tensors(value, change, key)
         return changed
     if isinstance(output, (tuple, list)):
-        return type(output)(_map_tensors(value, change) for value in output)
+        return type(output)(_map_tensors(value, change, name) for value in output)
     return output

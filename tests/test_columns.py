@@ -68,6 +68,10 @@ def test_restore_undoes_insert_row_by_row(case: tuple[torch.Tensor, torch.Tensor
         assert torch.equal(restored.attentions[0][row, 0], attention[row, 0][kept][:, keys])
         shifted = restore({"log_probs": logits[:, :-1, 0]}, start, num, length)["log_probs"]
         assert torch.equal(shifted[row], logits[row, kept[:-1], 0])
+        for streams in (batch, batch + 1):  # as many as rows, too
+            stacked = torch.stack([logits * stream for stream in range(streams)])
+            unstacked = restore({"hidden_states": (stacked,)}, start, num, length)["hidden_states"][0]
+            assert torch.equal(unstacked[-1, row], (streams - 1) * logits[row, kept])
         routed = restore((logits.flatten(0, 1),), start, num, length)[0].view(batch, length, 3)
         assert torch.equal(routed[row], logits[row, kept])
 
