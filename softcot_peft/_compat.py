@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -27,13 +28,14 @@ PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "bloc
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
-def check_decoder_lm(config: PretrainedConfig, what: str, remedy: str) -> None:
-    """Refuse a config whose model is not a decoder language model.
+def check_decoder_lm(config: PretrainedConfig, what: str, remedy: str, model: nn.Module | None = None) -> None:
+    """Refuse a model that is not a decoder language model.
 
     Args:
         config: Config of the model.
         what: What the model is, for the message.
         remedy: What to do, for the message.
+        model: The model, if it is loaded: a type may map to a class whose own config is a part of the type's.
 
     Raises:
         ValueError: It is an encoder-decoder, an encoder, or no language model.
@@ -41,16 +43,34 @@ def check_decoder_lm(config: PretrainedConfig, what: str, remedy: str) -> None:
     text_config = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         kind = "an encoder-decoder"
-    elif type(config) not in AutoModelForCausalLM._model_mapping and type(text_config) not in (
-        AutoModelForCausalLM._model_mapping
-    ):
+    elif not _is_causal_lm(config, text_config, model):
         kind = "no causal LM known to transformers"
-    # Encoders that can also be decoders (BERT and its kin) carry this field; decoders do not have it (transformers 5).
-    elif not getattr(text_config, "is_decoder", True):
-        kind = "an encoder"
+    elif _looks_ahead(text_config):
+        kind = "an encoder: its config lets tokens attend to later ones"
+    elif model is not None and accepts(type(model).forward, "shared_kv_states"):  # those of Gemma 4 (5.23)
+        kind = "a draft model that reads another one's keys and values"
     else:
         return
     raise ValueError(f"{what} must be a decoder LM, but its type {config.model_type!r} is {kind}. {remedy}")
+
+
+def _is_causal_lm(config: PretrainedConfig, text_config: PretrainedConfig, model: nn.Module | None) -> bool:
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) in mapping or type(text_config) in mapping:
+        return True
+    return model is not None and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _looks_ahead(config: PretrainedConfig) -> bool:
+    """Whether a config of a type that can be a decoder makes it something else (fields of transformers 5.23)."""
+    # BERT and its kin: encoders unless told otherwise. GPT-NeoX has the first field too, and does not look at it.
+    if hasattr(config, "is_decoder") and hasattr(config, "add_cross_attention"):
+        return not config.is_decoder
+    return (
+        getattr(config, "causal", True) is False  # XLM
+        or getattr(config, "attn_type", None) == "bi"  # XLNet
+        or getattr(config, "use_bidirectional_attention", None) in (True, "all")  # Gemma and its kin
+    )
 
 
 def head_width(model: PreTrainedModel) -> int:
@@ -86,6 +106,11 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
         f"The assistant must be a causal LM with a backbone of its own, got {type(model).__name__}. Choose another "
         "assistant."
     )
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module is one table of embeddings; models that write several codebooks have a list of them."""
+    return isinstance(getattr(module, "weight", None), Tensor)
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

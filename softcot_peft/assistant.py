@@ -271,7 +271,7 @@ def use_assistant(
         raise ValueError(
             "`name` must be given, since the model has no `name_or_path` of its own. Pass `name='my-assistant'`."
         )
-    check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.")
+    check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.", loaded)
     head_width(loaded)  # refuses a model without a head
     _given[name] = Assistant(name, loaded.config, model=loaded, tokenizer=tokenizer)
     return name

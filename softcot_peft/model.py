@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import attached_configs, check_decoder_lm, device_map_of, is_whole
+from ._compat import attached_configs, check_decoder_lm, device_map_of, is_table, is_whole
 from ._version import __version__
 from .assistant import find_assistant
 from .config import SoftCoTConfig
@@ -107,10 +107,15 @@ class SoftCoTModel(BaseTuner):
                 )
             )
         remedy = "SoftCoT works on models of `AutoModelForCausalLM`."
-        check_decoder_lm(model.config, "The base", remedy)
+        check_decoder_lm(model.config, "The base", remedy, model)
         if model.get_output_embeddings() is None:
             raise ValueError(f"The base must have a language-modelling head, got {type(model).__name__}. {remedy}")
         embedding = model.get_input_embeddings()
+        if not is_table(embedding):
+            raise ValueError(
+                f"The base must have one input embedding, which the thoughts are written over, but that of "
+                f"{type(model).__name__} is a {type(embedding).__name__}. {remedy}"
+            )
         self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
