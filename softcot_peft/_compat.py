@@ -119,6 +119,20 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def ordinary_token(config: PretrainedConfig) -> int:
+    """An id that is not padding: beginning or end of sequence, else 0.
+
+    Configs of some types lack these fields (transformers 5.23).
+    """
+    text_config = config.get_text_config(decoder=True)
+    padding = getattr(text_config, "pad_token_id", None)
+    for name in ("bos_token_id", "eos_token_id"):
+        token_id = getattr(text_config, name, None)
+        if isinstance(token_id, int) and token_id != padding:
+            return token_id
+    return 0
+
+
 def commit_of(name: str, revision: str | None) -> str | None:
     """The Hub commit that a revision stands for; `None` for folders.
 

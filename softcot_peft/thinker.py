@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import attached_configs, is_whole, position_limit
+from ._compat import attached_configs, is_whole, ordinary_token, position_limit
 from .config import SoftCoTConfig
 from .inputs import tokens
 from .layer import SoftCoTLayer
@@ -146,11 +146,7 @@ class Thinker:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
         if reader.thought_token_id is not None:
             return reader.thought_token_id
-        config = self.model.config.get_text_config(decoder=True)
-        for token_id in (config.bos_token_id, config.eos_token_id):
-            if isinstance(token_id, int) and token_id != config.pad_token_id:
-                return token_id
-        return 0
+        return ordinary_token(self.model.config)
 
 
 def unshift(shift_labels: Tensor) -> Tensor:
