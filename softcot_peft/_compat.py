@@ -208,6 +208,19 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model wants to be told the positions of padded rows.
+
+    RoBERTa and its kin do not: they count from their padding id on and leave padding out by themselves. Their table of
+    positions is the only kind with a padding index (transformers 5.23).
+    """
+    counts_itself = any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
+        for name, module in model.named_modules()
+    )
+    return accepts(type(model).forward, "position_ids") and not counts_itself
+
+
 def argument_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the forward's arguments in order, so that positional ones can be told apart."""
     return tuple(inspect.signature(type(model).forward).parameters)[1:]

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from ._compat import (
-    accepts,
     backbone_of,
     check_decoder_lm,
     commit_of,
@@ -28,6 +27,7 @@ from ._compat import (
     is_empty,
     loaded_whole,
     position_limit,
+    takes_positions,
 )
 from .placement import positions
 
@@ -190,7 +190,7 @@ class Assistant:
 def _arguments(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
     """What a backbone's forward is called with."""
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, "return_dict": True}
-    if accepts(model.forward, "position_ids"):
+    if takes_positions(model):
         arguments["position_ids"] = positions(attention_mask)
     return arguments
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
-from ._compat import accepts, argument_names, cache_length, find_cache
+from ._compat import argument_names, cache_length, find_cache, takes_positions
 from ._saving import save_base
 from .caches import recall, remember
 from .columns import restore, restore_keys
@@ -72,7 +72,7 @@ class ThoughtHooks:
         self.layer = layer
         self.thinker = Thinker(model, layer)
         self.names = argument_names(model)
-        self.takes_positions = accepts(type(model).forward, "position_ids")
+        self.takes_positions = takes_positions(model)
         self._handles = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True),

@@ -163,7 +163,7 @@ def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_posi
         inputs: The forward's arguments.
         placement: Where the thoughts stand in the rows.
         cache: The cache.
-        takes_positions: Whether the forward knows `position_ids`.
+        takes_positions: Whether the model wants to be told `position_ids`.
     """
     length = tokens(inputs).shape[1]
     mask = inputs.get("attention_mask")
