@@ -237,4 +237,15 @@ def cache_length(cache: Any) -> int:
     """Tokens held by a cache, 0 for none; 1 stands for those of state-space models, which cannot tell."""
     if cache is None:
         return 0
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
+    if counts_tokens(cache):
+        return int(cache.get_seq_length())
+    return int(cache.has_previous_state()) if hasattr(cache, "has_previous_state") else 1
+
+
+def counts_tokens(cache: Any) -> bool:
+    """Whether a cache knows how many tokens it holds; one of linear attention or state-space layers alone does not."""
+    try:
+        cache.get_seq_length()
+    except (AttributeError, ValueError):  # it has no such method, or no layer that counts (transformers 5.23)
+        return False
+    return True

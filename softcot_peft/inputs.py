@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compat import PACKED_NAMES, cache_length
+from ._compat import PACKED_NAMES, cache_length, counts_tokens
 from .columns import insert, insert_positions
 from .layer import write_thoughts
 from .placement import IGNORED, Placement, check_unpacked, positions
@@ -169,7 +169,9 @@ def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_posi
     mask = inputs.get("attention_mask")
     if placement.inserted:
         num = placement.num_thoughts
-        if placement.padded or mask is not None:  # ready-made masks know the caller's columns only
+        # Ready-made masks know the caller's columns only. A model whose cache does not count has read the padding, and
+        # needs no mask any more where `generate` gives it none.
+        if mask is not None or (placement.padded and counts_tokens(cache)):
             so_far = 0 if is_padding_mask(mask) else cache_length(cache) - num + length
             inputs["attention_mask"] = mask = _placed_mask(mask, placement, so_far)
         if isinstance(inputs.get("position_ids"), Tensor):
