@@ -114,8 +114,15 @@ def is_table(module: nn.Module) -> bool:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """How many tokens the model has positions for; `None` where the config names no limit."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """How many tokens the model has positions for; `None` where there is no limit.
+
+    Rotary positions, which transformers 5 describes in `rope_parameters`, go on beyond `max_position_embeddings`; that
+    is the length of a table in models that have one.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if getattr(text_config, "rope_parameters", None):
+        return None
+    limit = getattr(text_config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 

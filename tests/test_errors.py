@@ -191,7 +191,7 @@ def t5() -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("make", "parts"),
-    [(bert, ["'bert'", "an encoder."]), (t5, ["'t5'", "an encoder-decoder."])],
+    [(bert, ["'bert'", "an encoder:"]), (t5, ["'t5'", "an encoder-decoder."])],
     ids=["encoder", "encoder-decoder"],
 )
 def test_an_assistant_that_is_no_decoder_is_refused(
@@ -269,7 +269,7 @@ def test_an_adapter_that_is_refused_leaves_the_others_alone(pair: Pair, tmp_path
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (bert, ["The base must be a decoder LM", "'bert'", "an encoder.", "AutoModelForCausalLM"]),
+        (bert, ["The base must be a decoder LM", "'bert'", "an encoder:", "AutoModelForCausalLM"]),
         (t5, ["The base must be a decoder LM", "'t5'", "an encoder-decoder.", "AutoModelForCausalLM"]),
     ],
     ids=["encoder", "encoder-decoder"],
@@ -517,14 +517,6 @@ BAD_INPUTS: dict[str, tuple[Callable[[Pair], dict[str, Any]], list[str]]] = {
         with_ids(assistant_attention_mask=torch.ones(2, 9, dtype=torch.long)),
         ["`assistant_attention_mask`", "`assistant_input_ids`"],
     ),
-    "a prompt too long for the assistant": (
-        lambda pair: pair.batch(["a " * 260, QUESTIONS[1]]),
-        ["assistant's 256 positions", f"+ {N} tokens", "Shorten the prompt"],
-    ),
-    "a prompt too long for the base": (
-        lambda pair: {"input_ids": torch.full((1, 509), 30), **own_input(1, 9)},
-        ["base's 512 positions", f"got 509 + {N}", "Shorten the input", "`num_thought_tokens`"],
-    ),
     "a cache that was read without thoughts": (without_thoughts, ["`past_key_values`", "empty", "`input_ids`"]),
     "adapters by row": (
         with_ids(adapter_names=["default"] * 2),
@@ -542,12 +534,32 @@ def test_inputs_that_cannot_carry_thoughts_are_refused(pair: Pair, model: PeftMo
         call_model(model, call, inputs)
 
 
-def test_a_prompt_that_just_fits_is_accepted(model: PeftModel) -> None:
-    own = own_input(1, 9)
-    assert model(input_ids=torch.full((1, 508), 30), **own, logits_to_keep=1).logits.isfinite().all()
-    ids = torch.full((1, 512), 30)
+@pytest.fixture(scope="module")
+def tabled(pair: Pair) -> PeftModel:
+    """A GPT-2 with a table of 256 positions, as base and as its own assistant."""
+    config = pair.config(assistant_model_name_or_path=str(pair.twin), thought_token="<thought>")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(pair.twin), config).eval()
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_rows_longer_than_a_table_of_positions_are_refused(tabled: PeftModel, call: str) -> None:
+    with refused("assistant's 256 positions", f"got 253 + {N} tokens", "Shorten the prompt"):
+        call_model(tabled, call, {"input_ids": torch.full((1, 250), 30), **own_input(1, 257)})
+    with refused("base's 256 positions", f"got 253 + {N}", "Shorten the input", "`num_thought_tokens`"):
+        call_model(tabled, call, {"input_ids": torch.full((1, 253), 30), **own_input(1, 9)})
+
+
+def test_rows_that_just_fit_a_table_of_positions_are_accepted(tabled: PeftModel) -> None:
+    own = own_input(1, 256)
+    assert tabled(input_ids=torch.full((1, 252), 30), **own, logits_to_keep=1).logits.isfinite().all()
+    ids = torch.full((1, 256), 30)
     ids[0, 100:104] = 2  # <thought>: no positions are added to these
-    assert model(input_ids=ids, **own, logits_to_keep=1).logits.isfinite().all()
+    assert tabled(input_ids=ids, **own, logits_to_keep=1).logits.isfinite().all()
+
+
+def test_rotary_positions_have_no_end(model: PeftModel) -> None:
+    long = {"input_ids": torch.full((1, 600), 30), **own_input(1, 300)}  # of 512 and 256
+    assert model(**long, logits_to_keep=1).logits.isfinite().all()
 
 
 def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Tensor]:
