@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: quickstart test fuzz check style clean
+.PHONY: quickstart test conformance fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ quickstart: .venv/base  ## train and use an adapter on the small pair, offline, 
 
 test: .venv/dev  ## the whole test suite, network off, warnings as errors
 	$(BIN)/python -m pytest -n $(JOBS)
+
+conformance: .venv/dev  ## every causal-LM type of transformers as a base; writes the table in docs/support.md
+	$(BIN)/python -m pytest tests/conformance
 
 fuzz: .venv/dev  ## more than 20,000 random cases against the equations, from a new seed; 40 minutes on 2 cores at most
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/test_properties.py tests/test_columns.py
