@@ -173,6 +173,18 @@ def full_shape(weight: Tensor) -> torch.Size:
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether a model's weights are partitioned by DeepSpeed's ZeRO-3 and no engine gathers them when it runs (0.19).
+
+    An engine gathers with hooks on every module that has weights.
+    """
+    return any(
+        hasattr(weight, "ds_shape") and weight.numel() == 0 and not module._forward_pre_hooks
+        for module in model.modules()
+        for weight in module.parameters(recurse=False)
+    )
+
+
 def device_map_of(model: nn.Module) -> dict[str, Any]:
     """Where accelerate has put a model's modules, to be read and written; empty where it has not."""
     found: dict[str, Any] = getattr(model, "hf_device_map", {})

@@ -25,6 +25,7 @@ from ._compat import (
     commit_of,
     head_width,
     is_empty,
+    is_partitioned,
     loaded_whole,
     position_limit,
     takes_positions,
@@ -253,7 +254,7 @@ def use_assistant(
 
     Raises:
         TypeError: The model is not a transformers model.
-        ValueError: It is not a decoder LM, or has no name.
+        ValueError: It is not a decoder LM, has no name, or was partitioned by DeepSpeed.
     """
     loaded: nn.Module = model
     if isinstance(model, PeftModel):
@@ -273,6 +274,12 @@ def use_assistant(
         )
     check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.", loaded)
     head_width(loaded)  # refuses a model without a head
+    if is_partitioned(loaded):
+        raise ValueError(
+            f"`model` must be whole, but the weights of {name!r} are partitioned: it was loaded while DeepSpeed's "
+            "ZeRO-3 was on, and no engine gathers them. Load it before `TrainingArguments` or `HfDeepSpeedConfig` "
+            "are made, or name it in the config, to be loaded whole in every process."
+        )
     _given[name] = Assistant(name, loaded.config, model=loaded, tokenizer=tokenizer)
     return name
 
