@@ -14,14 +14,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import QUESTIONS, Pair
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed
+from transformers.integrations.fsdp import is_fsdp_enabled
+
+from softcot_peft import use_assistant
+from softcot_peft._compat import loaded_whole
+from softcot_peft.assistant import find_assistant
 
 SCRIPT = Path(__file__).parent / "distributed" / "train.py"
 ROOT = Path(__file__).parents[1]
 STEPS, ROWS = 6, 4  # rows per step, over all processes
 ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
+LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 KEY = "base_model.model.model.embed_tokens.softcot_projection"
 
 FSDP2 = {
@@ -176,6 +186,70 @@ def check_answers(runs: Runs, found: dict[str, Any], expected: dict[str, Any], a
 def needs(engine: str) -> None:
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed (on CPU: `DS_BUILD_OPS=0 pip install deepspeed`)")
+
+
+class ZeRO3:
+    """What makes transformers partition the models that it loads."""
+
+    config = ZERO3
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def think(pair: Pair, dtype: str) -> Tensor:
+    """The assistant's hidden states; assistants of one dtype are one, so that each test loads its own."""
+    ids = torch.tensor([[2, 5, 7, 9, 0, 0]])
+    return find_assistant(str(pair.assistant), dtype=dtype).hidden_states(ids, ids.new_ones(1, 6), 2, ids.device)
+
+
+def test_an_assistant_is_loaded_whole_while_zero3_is_on(pair: Pair) -> None:
+    expected, engine = think(pair, "auto"), ZeRO3()
+    deepspeed.set_hf_deepspeed_config(engine)
+    try:
+        assert find_assistant(str(pair.assistant), dtype="float32").hidden_size == 24
+        found = think(pair, "float32")
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_assistant_is_loaded_whole_while_fsdp_loads_in_little_memory(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = think(pair, "auto")
+    for name, value in {"ACCELERATE_USE_FSDP": "true", LOADING: "true", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert is_fsdp_enabled()
+        with loaded_whole():
+            assert not is_fsdp_enabled()
+        assert is_fsdp_enabled()
+        found = think(pair, "float32")
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_partitioned_assistant_without_an_engine_is_refused(pair: Pair) -> None:
+    assistant = AutoModelForCausalLM.from_pretrained(pair.assistant)
+    for weight in assistant.parameters():  # what ZeRO-3 leaves
+        weight.ds_shape = weight.shape
+        weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="`model` must be whole, but the weights of 'partitioned' are partitioned"):
+        use_assistant(assistant, name="partitioned")
+
+
+def test_a_partitioned_base_keeps_its_width(pair: Pair, tmp_path: Path) -> None:
+    model = pair.model()
+    weight = model.get_input_embeddings().base_layer.weight
+    weight.ds_shape = weight.shape
+    weight.data = torch.empty(0)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["assistant_hidden_size"], config["base_hidden_size"]) == (24, 32)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
