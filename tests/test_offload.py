@@ -70,8 +70,9 @@ class Bench:
 
 @pytest.fixture
 def bench(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    # PEFT 0.21 takes the root off the path of the file it rewrites for an offloaded base, and writes it right here.
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(
+        tmp_path
+    )  # where peft 0.21 writes copies of safetensors files, by their whole path made relative
     return Bench(pair, tmp_path)
 
 
