@@ -1,191 +1,35 @@
-"""Several processes train what one process trains on the same global batch, and save an adapter that is whole."""
+"""Two processes train what one does, under DDP; assistants are whole under engines that shard what is loaded.
+
+The engines that shard are in `conformance/test_engines.py`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import QUESTIONS, Pair
-from peft import PeftModel
-from safetensors.torch import load_file
+from engines import ZERO3, Runs, check_same
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from softcot_peft import use_assistant
-from softcot_peft._compat import loaded_whole
+from softcot_peft._compat import is_whole, loaded_whole
 from softcot_peft.assistant import find_assistant
 
-SCRIPT = Path(__file__).parent / "distributed" / "train.py"
-ROOT = Path(__file__).parents[1]
-STEPS, ROWS = 6, 4  # rows per step, over all processes
-ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
 LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-KEY = "base_model.model.model.embed_tokens.softcot_projection"
-
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "fsdp_cpu_ram_efficient_loading": True,
-    "fsdp_offload_params": False,
-    "fsdp_reshard_after_forward": True,
-    "fsdp_state_dict_type": "FULL_STATE_DICT",  # with SHARDED_STATE_DICT, `save_model` writes nothing
-}
-ZERO3 = {
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "zero_optimization": {
-        "stage": 3,
-        "overlap_comm": False,
-        "stage3_gather_16bit_weights_on_model_save": True,
-        "stage3_param_persistence_threshold": 0,  # the tiny pair's weights would all stay whole
-    },
-}
-ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
-needs_two_gpus = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="NCCL needs a CUDA device for each of the two processes"
-)
 
 
-def launch_config(engine: str, folder: Path) -> dict[str, Any]:
-    """What `accelerate config` would write."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config: dict[str, Any] = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": ENGINES[engine],
-        "machine_rank": 0,
-        "main_process_ip": "127.0.0.1",
-        "main_process_port": port,
-        "num_machines": 1,
-        "num_processes": 2,
-        "use_cpu": False,  # would start one process; the environment says it
-    }
-    if engine == "fsdp2":
-        config["fsdp_config"] = FSDP2
-    if engine == "zero3":
-        (folder / "zero3.json").write_text(json.dumps(ZERO3))
-        config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": True}
-    else:
-        config["mixed_precision"] = "no"
-    return config
-
-
-def train(data: Path, folder: Path, engine: str | None = None, cuda: bool = False) -> dict[str, Any]:
-    """Run the script in two processes, or without an engine in one; returns what it wrote."""
-    folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_HOME": str(folder / "home"),  # where accelerate looks for a default config
-    }
-    if not cuda:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        environment |= {"DS_ACCELERATOR": "cpu"} if engine == "zero3" else {"ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable]
-    if engine is not None:
-        (folder / "launch.json").write_text(json.dumps(launch_config(engine, folder)))
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.json")]
-    rows = ROWS if engine is None else ROWS // 2
-    command += [str(SCRIPT), str(data), str(folder), "--batch-size", str(rows), *(["--cuda"] if cuda else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return found
-
-
-class Runs:
-    """The data, and what one process makes of it."""
-
-    def __init__(self, pair: Pair, root: Path) -> None:
-        self.pair, self.root = pair, root
-        self.data = root / "data.json"
-        prompts = pair.rows(QUESTIONS)
-        responses = pair.rows([answer + "<eos>" for answer in ANSWERS])
-        rows = []
-        for index in range(STEPS * ROWS):  # every prompt with every response; no two steps alike
-            prompt, response = prompts[index % 4], responses[(index + index // 4) % 4]
-            rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-        config = pair.config().to_dict()
-        names = ("task_type", "assistant_model_name_or_path", "num_thought_tokens", "init_weights")
-        data = {
-            "base": str(pair.base),
-            "config": {name: config[name] for name in names},
-            "steps": STEPS,
-            "rows": rows,
-            "prompts": prompts,
-        }
-        self.data.write_text(json.dumps(data))
-        self.one = cache(self.one)
-
-    def one(self, cuda: bool = False) -> tuple[dict[str, Any], Path]:
-        folder = self.root / f"one-{'cuda' if cuda else 'cpu'}"
-        return train(self.data, folder, cuda=cuda), folder / "adapter"
-
-
-@pytest.fixture(scope="module")
-def runs(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(pair, tmp_path_factory.mktemp("runs"))
-
-
-def check_same(runs: Runs, engine: str, folder: Path, cuda: bool = False) -> None:
-    """Losses, gradient norms, answers and adapter of two processes are those of one."""
-    tolerance = 2e-2 if cuda else 1e-4  # bf16 has 8 bits of mantissa, and sums in another order
-    expected, expected_adapter = runs.one(cuda)
-    found = train(runs.data, folder, engine, cuda)
-    assert found["processes"] == 2
-    assert expected["processes"] == 1
-    assert (found["sharded"] > 0.9) == (engine != "ddp")
-    assert len(found["losses"]) == STEPS
-    assert found["losses"] == pytest.approx(expected["losses"], abs=tolerance)
-    assert found["norms"] == pytest.approx(expected["norms"], abs=tolerance)
-    weights, ones = (
-        load_file(folder / "adapter" / "adapter_model.safetensors"),
-        load_file(expected_adapter / "adapter_model.safetensors"),
-    )
-    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
-        f"{KEY}.weight": (32, 24),
-        f"{KEY}.bias": (32,),
-    }
-    for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, ones[name], atol=tolerance, rtol=0)
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert (config["assistant_hidden_size"], config["base_hidden_size"]) == (24, 32)
-    if not cuda:
-        check_answers(runs, found, expected, folder / "adapter")
-
-
-def check_answers(runs: Runs, found: dict[str, Any], expected: dict[str, Any], adapter: Path) -> None:
-    """The processes, each with its own prompts, wrote what one wrote; so does the saved adapter, loaded in one."""
-    prompts = runs.pair.rows(QUESTIONS)
-    order = [*range(0, len(prompts), 2), *range(1, len(prompts), 2)]  # the first process's, then the second's
-    assert found["continued"] == [expected["continued"][index] for index in order]
-    assert len({len(short) for _, short in found["continued"]}) > 1  # the processes ended at different steps
-    model = PeftModel.from_pretrained(runs.pair.load_base(), adapter)
-    for prompt, (full, _) in zip(prompts, expected["continued"], strict=True):
-        ids = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
-        assert ids[0, len(prompt) :].tolist() == full
-
-
-def needs(engine: str) -> None:
-    if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed (on CPU: `DS_BUILD_OPS=0 pip install deepspeed`)")
+def test_two_processes_train_what_one_trains(pair: Pair, tmp_path: Path) -> None:
+    check_same(Runs(pair, tmp_path), "ddp", tmp_path / "ddp")
 
 
 class ZeRO3:
@@ -195,6 +39,29 @@ class ZeRO3:
 
     def is_zero3(self) -> bool:
         return True
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_thoughts_are_projected_where_fsdp2_gathers_the_projection(pair: Pair, group: None) -> None:
+    model, batch = pair.model(), pair.batch(QUESTIONS[:2])
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    expected = model(**batch, logits_to_keep=1).logits
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model.get_input_embeddings(), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert not is_whole(model.get_input_embeddings().softcot_projection["default"].weight)
+    torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected)
+    own = torch.zeros(2, 6, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="pass `input_ids` instead of `inputs_embeds`"):
+        model(inputs_embeds=embeddings, assistant_input_ids=own, logits_to_keep=1)
+    torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected)
 
 
 def think(pair: Pair, dtype: str) -> Tensor:
@@ -216,21 +83,16 @@ def test_an_assistant_is_loaded_whole_while_zero3_is_on(pair: Pair) -> None:
 
 
 def test_an_assistant_is_loaded_whole_while_fsdp_loads_in_little_memory(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, group: None
 ) -> None:
     expected = think(pair, "auto")
     for name, value in {"ACCELERATE_USE_FSDP": "true", LOADING: "true", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        assert is_fsdp_enabled()
-        with loaded_whole():
-            assert not is_fsdp_enabled()
-        assert is_fsdp_enabled()
-        found = think(pair, "float32")
-    finally:
-        dist.destroy_process_group()
-    torch.testing.assert_close(found, expected)
+    assert is_fsdp_enabled()
+    with loaded_whole():
+        assert not is_fsdp_enabled()
+    assert is_fsdp_enabled()
+    torch.testing.assert_close(think(pair, "float32"), expected)
 
 
 def test_a_partitioned_assistant_without_an_engine_is_refused(pair: Pair) -> None:
@@ -250,16 +112,3 @@ def test_a_partitioned_base_keeps_its_width(pair: Pair, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["assistant_hidden_size"], config["base_hidden_size"]) == (24, 32)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_train_what_one_trains(runs: Runs, tmp_path: Path, engine: str) -> None:
-    needs(engine)
-    check_same(runs, engine, tmp_path / engine)
-
-
-@needs_two_gpus
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_gpus_train_what_one_trains(runs: Runs, tmp_path: Path, engine: str) -> None:
-    needs(engine)
-    check_same(runs, engine, tmp_path / engine, cuda=True)
