@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig, PeftType, TaskType
 
 from ._card import write_usage
+from ._files import has_pickle_alone, pickled
 from ._saving import STAGED, save_config
 
 _POSITIVE = ("num_thought_tokens", "inference_num_thought_tokens")
@@ -21,6 +22,7 @@ _TEXTS = (
     "tokenizer_name_or_path",
 )
 _FLAGS = ("assistant_shares_tokenizer", "init_weights")  # the first may be None
+_MOST = 2**16  # thoughts; more than any LM reads well, and few enough that a stranger's config takes no memory
 _PLACEMENTS = ("prompt_end", "thought_token")
 
 
@@ -153,6 +155,8 @@ class SoftCoTConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None and value > _MOST:
+                raise ValueError(f"`{name}` must be at most {_MOST}, got {value}.")
         if self.placement not in _PLACEMENTS:
             raise ValueError(f"`placement` must be one of {_PLACEMENTS}, got {self.placement!r}.")
         if self.placement == "thought_token" and not self.thought_token:
@@ -170,6 +174,26 @@ class SoftCoTConfig(PeftConfig):
                 "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
                 "are) contradicts it. Leave one of the two at None."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read `adapter_config.json`, unless the adapter's weights are a pickle.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of the adapter.
+            subfolder: Folder within it.
+            **kwargs: As [`~peft.PeftConfig.from_pretrained`] takes them.
+
+        Raises:
+            ValueError: There is no config, or a pickle and no safetensors file beside it.
+        """
+        name = str(pretrained_model_name_or_path)
+        config: PeftConfig = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        if has_pickle_alone(name, subfolder, kwargs):
+            raise ValueError(pickled(name))
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` and, in the model card, how to load the adapter.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,9 +66,10 @@ class ThoughtHooks:
     Args:
         model: The base.
         layer: Its wrapped input embedding.
+        loading: Stands before the loading of weights by transformers' `load_adapter`, as `weights.load_checked` does.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer) -> None:
+    def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer, loading: Callable[..., Any]) -> None:
         self.model = model
         self.layer = layer
         self.thinker = Thinker(model, layer)
@@ -78,7 +80,11 @@ class ThoughtHooks:
             model.register_forward_hook(self.after_forward, with_kwargs=True),
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
-        self._replaced = [*close(model, layer), Replaced(model, "save_pretrained", save_base)]
+        self._replaced = [
+            *close(model, layer),
+            Replaced(model, "save_pretrained", save_base),
+            Replaced(model, "_load_pretrained_model", loading),
+        ]
         if hasattr(model, "generate"):
             self._replaced.append(Replaced(model, "generate", functools.partial(generate, self.thinker)))
             self._replaced.append(Replaced(model, "_prepare_cache_for_generation", prepare_cache))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +23,7 @@ from .hooks import ThoughtHooks
 from .inputs import check_adapter_names
 from .layer import SoftCoTLayer
 from .reader import make_reader
+from .weights import load_checked, misfit, projection_weights
 
 _HOOKS = "softcot_hooks"  # attribute of the base that holds its hooks
 _PROJECTION = SoftCoTLayer.adapter_layer_names[0]
@@ -154,7 +157,8 @@ class SoftCoTModel(BaseTuner):
             # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
             device_map_of(self.model)[f"{self._embedding_name}.{_PROJECTION}"] = "cpu"
         if _HOOKS not in self.model.__dict__:
-            setattr(self.model, _HOOKS, ThoughtHooks(self.model, layer))
+            loading = functools.partial(load_checked, layer, functools.partial(_discard_injected, self.model))
+            setattr(self.model, _HOOKS, ThoughtHooks(self.model, layer, loading))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
@@ -214,22 +218,19 @@ class SoftCoTModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         layer = _softcot_layer(model)
-        assistant_size, base_size = layer.softcot_reader[adapter_name].assistant.hidden_size, layer.base_hidden_size
-        for key, weight in state_dict.items():
-            if key.endswith("softcot_projection.weight") and weight.shape != (base_size, assistant_size):
-                _discard(model, adapter_name, layer)
-                raise ValueError(_misfit(weight.shape[1], weight.shape[0], assistant_size, base_size))
+        try:
+            checked = projection_weights(state_dict, model, layer, adapter_name)
+        except ValueError:
+            if isinstance(model, PeftModel) and adapter_name in layer.fresh:
+                _discard(model, adapter_name)
+            raise
         layer.fresh.discard(adapter_name)
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
         return remapped
 
 
-def _discard(model: nn.Module, adapter_name: str, layer: SoftCoTLayer) -> None:
+def _discard(model: PeftModel, adapter_name: str) -> None:
     """Take an adapter off again that was made to be loaded, and could not be."""
-    if not isinstance(model, PeftModel) or adapter_name not in layer.fresh:
-        return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
     else:
@@ -247,6 +248,21 @@ def _plain(embedding: nn.Module) -> nn.Module:
     return embedding
 
 
+def _discard_injected(model: PreTrainedModel, adapter_name: str) -> None:
+    """As `_discard`, where transformers' `load_adapter` injected it and left the rest to its end."""
+    if len(model.peft_config) > 1:
+        with warnings.catch_warnings():  # that it was active, and another one is now
+            warnings.simplefilter("ignore", UserWarning)
+            model.delete_adapter(adapter_name)
+        return
+    layer = _softcot_layer(model)
+    parent, _, name = next(path for path, module in model.named_modules() if module is layer).rpartition(".")
+    setattr(model.get_submodule(parent), name, layer.base_layer)
+    model.__dict__.pop(_HOOKS).remove()
+    del model.peft_config
+    model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
+
+
 def _softcot_layer(model: nn.Module) -> SoftCoTLayer:
     """The wrapped embedding of a model."""
     return next(module for module in model.modules() if isinstance(module, SoftCoTLayer))
@@ -256,12 +272,4 @@ def _check_sizes(config: SoftCoTConfig, assistant_size: int, base_size: int) -> 
     """Refuse an adapter that was trained for other sizes."""
     trained = (config.assistant_hidden_size or assistant_size, config.base_hidden_size or base_size)
     if trained != (assistant_size, base_size):
-        raise ValueError(_misfit(*trained, assistant_size, base_size))
-
-
-def _misfit(trained_assistant: int, trained_base: int, assistant_size: int, base_size: int) -> str:
-    return (
-        f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size "
-        f"{trained_base}, but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it "
-        "was trained for: the adapter's `base_model_name_or_path` and `assistant_model_name_or_path`."
-    )
+        raise ValueError(misfit(*trained, assistant_size, base_size))

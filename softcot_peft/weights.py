@@ -1,0 +1,149 @@
+"""Checks what a file brings before it enters a model: the projection's two tensors, and nothing else of the model.
+
+Adapter files come from strangers. PEFT and transformers load every tensor whose name they find in the model, so that a
+file could replace weights of the base; here nothing but the projection passes. Knows no hooks and no config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ._files import pickled
+from .layer import SoftCoTLayer
+
+_OWN = "softcot_projection."
+_PARTS = ("weight", "bias")
+_PREFIX = "base_model.model."  # of names in adapter files, whatever the model's own names begin with
+
+
+def projection_weights(
+    found: Mapping[str, Tensor], model: nn.Module, layer: SoftCoTLayer, adapter_name: str
+) -> dict[str, Tensor]:
+    """The projection's tensors among those of a file, checked.
+
+    Args:
+        found: The file's tensors by name, without the adapter's name in them.
+        model: The base, or the `PeftModel` around it.
+        layer: Its wrapped input embedding.
+        adapter_name: The adapter that is being loaded.
+
+    Returns:
+        Weight `(H_base, H_assistant)` and bias `(H_base,)` under their names in the file.
+
+    Raises:
+        ValueError: One of them is missing, has another shape, is no floating-point tensor or not finite; or the file
+            holds weights of the base that differ from those of this base.
+    """
+    path = next(name for name, module in model.named_modules() if module is layer).removeprefix(_PREFIX)
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):  # of torch.compile and FSDP, in no file
+        path = path.replace(wrapper, "")
+    names = {f"{_PREFIX}{path}.{_OWN}{part}": part for part in _PARTS}
+    names |= {name.removeprefix(_PREFIX): part for name, part in names.items()}
+    own = {names[name]: tensor for name, tensor in found.items() if name in names}
+    _check_rest({name: tensor for name, tensor in found.items() if name not in names}, model)
+    if len(own) < len(_PARTS):
+        missing = next(part for part in _PARTS if part not in own)
+        raise ValueError(
+            f"The adapter's file must hold {path}.{_OWN}{missing}, but holds {sorted(found)[:4]}. Save the adapter "
+            "again with `save_pretrained`, or load the base that it was trained on."
+        )
+    assistant_size, base_size = layer.softcot_reader[adapter_name].assistant.hidden_size, layer.base_hidden_size
+    shape = tuple(own["weight"].shape)
+    if shape != (base_size, assistant_size) and len(shape) == 2:
+        raise ValueError(misfit(shape[1], shape[0], assistant_size, base_size))
+    for part, wanted in (("weight", (base_size, assistant_size)), ("bias", (base_size,))):
+        tensor = own[part]
+        if tuple(tensor.shape) != wanted or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"The adapter's {_OWN}{part} must hold finite floating-point numbers of the shape {wanted}, got "
+                f"{tuple(tensor.shape)}, {tensor.dtype}"
+                + ("" if not tensor.is_floating_point() or tensor.isfinite().all() else ", some not finite")
+                + ". The file is broken or was written by a training run that diverged; load an earlier one."
+            )
+    return {name: tensor for name, tensor in found.items() if name in names}
+
+
+def misfit(trained_assistant: object, trained_base: object, assistant_size: int, base_size: int) -> str:
+    """The message for an adapter that was trained for other sizes."""
+    return (
+        f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size "
+        f"{trained_base}, but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it "
+        "was trained for: the adapter's `base_model_name_or_path` and `assistant_model_name_or_path`."
+    )
+
+
+def _check_rest(rest: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse tensors beyond the projection, but for copies of what the base holds: PEFT saves resized embeddings."""
+    if not rest:
+        return
+    state = model.state_dict()
+    for name, tensor in rest.items():
+        bare = name.removeprefix(_PREFIX)
+        present = next((state[key] for key in (name, bare, _PREFIX + bare) if key in state), None)
+        if present is None or present.shape != tensor.shape or not torch.equal(tensor.to(present), present):
+            raise ValueError(
+                f"The adapter's file must hold its projection and nothing else, but {name!r} is "
+                + ("unknown to this base." if present is None else "a weight of the base, and not this base's.")
+                + " A SoftCoT adapter does not change its base. If the adapter is yours and its embeddings were "
+                "resized, save the resized base, load it, and save the adapter with `save_embedding_layers=False`."
+            )
+
+
+def load_checked(
+    layer: SoftCoTLayer,
+    discard: Callable[[str], None],
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Check what transformers' `load_adapter` is about to load into the base; other loading goes on as it is.
+
+    Args:
+        layer: The base's wrapped input embedding.
+        discard: Takes an adapter, by its name, off again.
+        original: `PreTrainedModel._load_pretrained_model`, which is private, and the only place between the adapter's
+            injection and its weights (transformers 5.5 to 5.23).
+        *args: As it takes them.
+        **kwargs: As it takes them.
+
+    Raises:
+        ValueError: The file is a pickle, or holds anything that `projection_weights` refuses.
+    """
+    model = kwargs.get("model", args[0] if args else None)
+    files, state = kwargs.get("checkpoint_files"), kwargs.get("state_dict")
+    load = PreTrainedModel._load_pretrained_model  # a static method: `original` would pass the model twice
+    name = _loading(layer, kwargs.get("expected_keys"))
+    if name is None or not isinstance(model, nn.Module):
+        return load(*args, **kwargs)
+    try:
+        projection_weights(state or _read(files or []), model, layer, name)
+    except Exception:
+        discard(name)
+        raise
+    layer.fresh.discard(name)
+    return load(*args, **kwargs)
+
+
+def _loading(layer: SoftCoTLayer, expected: list[str] | None) -> str | None:
+    """The adapter whose weights are expected, when it was just injected; `None` for those of other methods."""
+    for name in layer.fresh:
+        if any(f".{_OWN}{name}." in key for key in expected or ()):
+            return name
+    return None
+
+
+def _read(files: list[str]) -> dict[str, Tensor]:
+    """The tensors of safetensors files."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(pickled(str(file)))
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+    return tensors
