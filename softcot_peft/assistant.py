@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -22,17 +21,25 @@ from transformers import (
 from ._compat import (
     backbone_of,
     check_decoder_lm,
+    check_shards,
     commit_of,
     head_width,
     is_empty,
     is_partitioned,
     loaded_whole,
+    meta_model,
     position_limit,
+    read_config,
     takes_positions,
 )
 from .placement import positions
 
 _REMEDY = "Set its Hub id or folder, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double")
+
+
+def _unusable(name: str, error: Exception) -> str:
+    return f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} {_REMEDY}"
 
 
 class Assistant:
@@ -85,8 +92,17 @@ class Assistant:
         """Width of the last hidden states, known before the weights are loaded."""
         if self._given is not None:
             return head_width(self._given)
-        with loaded_whole(), torch.device("meta"):
-            return head_width(AutoModelForCausalLM.from_config(self.config))
+        try:
+            with loaded_whole(), meta_model():
+                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except Exception as error:  # a stranger's config can fail anywhere
+            raise ValueError(_unusable(self.name, error)) from error
+        return head_width(model)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the assistant has embeddings for."""
+        return int(self.config.get_text_config(decoder=True).vocab_size)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -101,7 +117,7 @@ class Assistant:
                 if is_empty(tokenizer):
                     raise OSError("There are no tokenizer files.")
                 self._tokenizer = tokenizer
-            except (OSError, ValueError) as error:
+            except Exception as error:  # a stranger's files can fail anywhere
                 raise ValueError(
                     f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it "
                     "with `use_assistant(model, tokenizer, name=...)`."
@@ -133,11 +149,12 @@ class Assistant:
     def _load(self) -> PreTrainedModel:
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
+            check_shards(self.name, self.revision)
             with loaded_whole():
                 model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                     self.name, revision=self.revision, **options
                 )
-        except OSError as error:
+        except Exception as error:  # a stranger's files can fail anywhere
             raise ValueError(
                 f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
                 "must be safetensors; pass a model loaded otherwise with `use_assistant`."
@@ -314,16 +331,13 @@ def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") 
     """
     if name in _given:
         return _given[name]
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"`assistant_dtype` must be 'auto' or a dtype of torch, got {dtype!r}. Try 'bfloat16'.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"`assistant_dtype` must be one of {_DTYPES}, got {dtype!r}. Try 'bfloat16'.")
     try:
         revision = commit_of(name, revision) or revision
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} "
-            f"{_REMEDY}"
-        ) from error
+        config = read_config(name, revision)
+    except Exception as error:  # a stranger's files can fail anywhere
+        raise ValueError(_unusable(name, error)) from error
     check_decoder_lm(config, f"The assistant {name!r}", _REMEDY)
     key = (name, revision, dtype)
     assistant = _loaded.get(key)

@@ -93,7 +93,13 @@ class PromptReader:
             return text
         message = [{"role": "user", "content": text}]
         tokenizer = self.assistant.tokenizer
-        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates come with assistants, and run in transformers' sandbox
+            raise ValueError(
+                f"The chat template of the assistant {self.assistant.name!r} cannot be rendered: {error} Give another "
+                "one with `use_assistant(model, tokenizer, name=...)`, or leave `assistant_prompt` out."
+            ) from error
 
     def _encode_spelled(self, text: str, num_thoughts: int) -> list[int]:
         """Encode a prompt that spells special tokens of the assistant: it gets their letters, not the tokens."""
@@ -133,6 +139,11 @@ def make_reader(config: SoftCoTConfig, assistant: Assistant, base_name: str | No
     if shares is None:
         shares = config.assistant_prompt is None and (
             tokenizer is not None and tokenizer.get_vocab() == assistant.tokenizer.get_vocab()
+        )
+    if config.assistant_shares_tokenizer and tokenizer is not None and len(tokenizer) > assistant.vocabulary:
+        raise ValueError(
+            f"`assistant_shares_tokenizer` must not be True: the base's tokenizer has {len(tokenizer)} ids and the "
+            f"assistant {assistant.vocabulary}. Set it to False, so that prompts are decoded and encoded again."
         )
     thought_token_id = None
     if config.thought_token is not None and tokenizer is not None:
