@@ -16,6 +16,15 @@ from .columns import insert, insert_positions
 from .layer import write_thoughts
 from .placement import IGNORED, Placement, check_unpacked, positions
 
+_KINDS: dict[str, tuple[torch.dtype, ...]] = {  # what arguments may hold; nothing said: anything
+    "input_ids": (torch.int64, torch.int32),
+    "inputs_embeds": (),
+    "labels": (torch.int64,),
+    "shift_labels": (torch.int64,),
+    "position_ids": (torch.int64, torch.int32),
+    "assistant_input_ids": (torch.int64, torch.int32),
+    "assistant_attention_mask": (),
+}
 OWN_NAMES = ("assistant_input_ids", "assistant_attention_mask")
 
 
@@ -58,10 +67,20 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
         own: The caller's own assistant input.
 
     Raises:
+        TypeError: An argument is no tensor, or holds numbers of the wrong type.
         ValueError: Embeddings without a prompt for the assistant, a packed batch, a mask that is no padding mask, or
             `adapter_names`.
     """
     check_adapter_names(inputs.get("adapter_names"))  # the bare base would take and ignore it
+    given = {**inputs, **own}
+    for name, kinds in _KINDS.items():
+        value = given.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}. Pass the tokenizer's.")
+        if value is not None and kinds and value.dtype not in kinds:
+            raise TypeError(f"`{name}` must be a tensor of {kinds[0]}, got {value.dtype}. Convert it.")
+        if value is not None and value.device.type == "meta":
+            raise ValueError(f"`{name}` must hold values, got a tensor on the meta device. Move it to the base's.")
     embeds_only = inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None
     if embeds_only and own["assistant_input_ids"] is None:
         raise ValueError(
@@ -73,7 +92,9 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
             "`assistant_attention_mask` is the mask of `assistant_input_ids`, which were not given. Pass both or "
             "neither."
         )
-    ids = inputs.get("input_ids")
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if isinstance(embeds, Tensor) and embeds.dim() != 3:
+        raise ValueError(f"`inputs_embeds` must have the shape (batch, tokens, width), got {tuple(embeds.shape)}.")
     if isinstance(ids, Tensor) and ids.dim() != 2:
         raise ValueError(f"`input_ids` must have the shape (batch, tokens), got {tuple(ids.shape)}. Add the batch.")
     packed = [name for name in PACKED_NAMES if inputs.get(name) is not None]
@@ -96,6 +117,8 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
                 f"`{name}` must have the shape of the tokens, {tuple(expected)}, got {tuple(value.shape)}. Make one "
                 "value per token."
             )
+    if tokens(inputs).shape[0] == 0:
+        raise ValueError("`input_ids` must hold at least one row, got none.")
     if tokens(inputs).shape[1] == 0:
         raise ValueError("`input_ids` must hold a prompt, got no tokens. Thoughts need a prompt before them.")
     check_unpacked(inputs.get("position_ids"), mask)

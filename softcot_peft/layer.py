@@ -67,6 +67,11 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         """Width of the base's input embeddings."""
         return int(full_shape(self.weight)[-1])
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many ids the base has embeddings for; `None` where its embedding does not say."""
+        return self.base_layer.num_embeddings if isinstance(self.base_layer, nn.Embedding) else None
+
     def update_layer(self, adapter_name: str, reader: PromptReader) -> None:
         """Add an adapter.
 

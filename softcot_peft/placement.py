@@ -67,6 +67,8 @@ def locate(
     num_thoughts: int,
     thought_token_id: int | None = None,
     run_required: bool = False,
+    vocabulary: int | None = None,
+    shared_vocabulary: int | None = None,
 ) -> Placement:
     """Find where the thoughts of every row go.
 
@@ -82,6 +84,8 @@ def locate(
         num_thoughts: N for automatic placement.
         thought_token_id: Id of the thought token; `None`: automatic placement only.
         run_required: Whether a prompt without the run is refused.
+        vocabulary: How many ids the base has embeddings for; `None`: not checked.
+        shared_vocabulary: How many the assistant has that reads the prompts' ids; `None`: it does not.
 
     Returns:
         The placement; `start` is a column of the caller's.
@@ -118,11 +122,19 @@ def locate(
         "late": uses_run & (run_end > first_label).any(),
         "unlabelled": ~uses_run & (first_label == length).any() if labels is not None else uses_run & False,
         "promptless": ~(attended & (columns < start[:, None])).any(1).all(),
-        "mask": (attention_mask > 1).any() if attention_mask is not None else uses_run & False,
+        "mask": ~attended.eq(attention_mask).all() if attention_mask is not None else uses_run & False,
+        "vocabulary": uses_run & False,
+        "shared": uses_run & False,
     }
+    if input_ids is not None and vocabulary is not None:
+        checks["vocabulary"] = ((input_ids < 0) | (input_ids >= vocabulary)).any()
+    if input_ids is not None and shared_vocabulary is not None:
+        checks["shared"] = ((input_ids >= shared_vocabulary) & attended & (columns < start[:, None])).any()
     facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax()]
     *failed, num_run, padded, latest = torch.stack([fact.long() for fact in facts]).tolist()
     for name, fails in zip(checks, failed, strict=True):
+        if fails and name in ("vocabulary", "shared") and input_ids is not None:
+            raise ValueError(_explain_ids(name, input_ids, vocabulary, shared_vocabulary))
         if fails:
             prompt = attended & (columns < start[:, None])
             raise ValueError(_explain(name, counts, run_start, run_end, first_label, prompt))
@@ -175,8 +187,22 @@ def _explain(
             f"of the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
         )
     return (
-        "`attention_mask` must hold 0 and 1 only, found larger values. Packed batches cannot carry thoughts; turn "
+        "`attention_mask` must hold 0 and 1 only, found other values. Packed batches cannot carry thoughts; turn "
         "packing off."
+    )
+
+
+def _explain_ids(name: str, input_ids: Tensor, vocabulary: int | None, shared_vocabulary: int | None) -> str:
+    """The message for ids that a model has no embedding for."""
+    least, most = int(input_ids.min()), int(input_ids.max())
+    if name == "vocabulary":
+        return (
+            f"`input_ids` must lie within the base's vocabulary, 0 to {(vocabulary or 0) - 1}, got {least} to {most}. "
+            "Tokenize with the base's tokenizer; padding needs an id of the vocabulary too."
+        )
+    return (
+        f"`assistant_shares_tokenizer` feeds the prompt's ids to the assistant, which has {shared_vocabulary}, "
+        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again."
     )
 
 

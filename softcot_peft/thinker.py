@@ -53,7 +53,16 @@ class Thinker:
         if inputs.get("input_ids") is None and mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
         run_required = config.placement == "thought_token"
-        placement = locate(inputs.get("input_ids"), mask, labels, num, reader.thought_token_id, run_required)
+        placement = locate(
+            inputs.get("input_ids"),
+            mask,
+            labels,
+            num,
+            reader.thought_token_id,
+            run_required,
+            self.layer.vocabulary,
+            reader.assistant.vocabulary if reader.base_tokenizer is None else None,
+        )
         self._check_length(reference, mask, placement)
         return placement
 
@@ -133,6 +142,12 @@ class Thinker:
                 raise ValueError(
                     f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
                     "got 0 there. Pad on the left."
+                )
+            if ((ids < 0) | (ids >= reader.assistant.vocabulary)).any():
+                raise ValueError(
+                    "`assistant_input_ids` must lie within the assistant's vocabulary, 0 to "
+                    f"{reader.assistant.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}. Tokenize with the "
+                    "assistant's tokenizer."
                 )
         # Weights that are sharded or offloaded rest elsewhere than where they are used: with the inputs.
         device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
