@@ -270,8 +270,8 @@ def use_assistant(
         The name, for `SoftCoTConfig(assistant_model_name_or_path=...)`.
 
     Raises:
-        TypeError: The model is not a transformers model.
-        ValueError: It is not a decoder LM, has no name, or was partitioned by DeepSpeed.
+        TypeError: The model or the tokenizer is not one of transformers, or the name is no string.
+        ValueError: The model is not a decoder LM, has no name, or was partitioned by DeepSpeed.
     """
     loaded: nn.Module = model
     if isinstance(model, PeftModel):
@@ -284,6 +284,10 @@ def use_assistant(
         loaded = model.get_base_model()  # its adapter layers stay inside
     if not isinstance(loaded, PreTrainedModel):
         raise TypeError(f"`model` must be a loaded transformers model, got {type(loaded).__name__}.")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"`name` must be a string, got {type(name).__name__}.")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer` must be a loaded tokenizer of transformers, got {type(tokenizer).__name__}.")
     name = name or ("" if isinstance(model, PeftModel) else loaded.name_or_path)
     if not name:
         raise ValueError(

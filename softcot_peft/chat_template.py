@@ -54,9 +54,14 @@ def with_thought_tokens(
         A copy; the tokenizer itself stays as it is.
 
     Raises:
+        TypeError: The tokenizer or the config is none.
         ValueError: `where` is neither, the config has no thought token, the tokenizer no chat template, or the thought
             token, written as text, is not read back as one token.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
+    if not isinstance(config, SoftCoTConfig):
+        raise TypeError(f"`config` must be a SoftCoTConfig, got {type(config).__name__}.")
     if where not in ("user_turn", "generation_prompt"):
         raise ValueError(f"`where` must be 'user_turn' or 'generation_prompt', got {where!r}.")
     token = config.thought_token

@@ -18,7 +18,7 @@ from .placement import IGNORED, Placement, check_unpacked, positions
 
 _KINDS: dict[str, tuple[torch.dtype, ...]] = {  # what arguments may hold; nothing said: anything
     "input_ids": (torch.int64, torch.int32),
-    "inputs_embeds": (),
+    "inputs_embeds": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "labels": (torch.int64,),
     "shift_labels": (torch.int64,),
     "position_ids": (torch.int64, torch.int32),
@@ -81,6 +81,13 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
             raise TypeError(f"`{name}` must be a tensor of {kinds[0]}, got {value.dtype}. Convert it.")
         if value is not None and value.device.type == "meta":
             raise ValueError(f"`{name}` must hold values, got a tensor on the meta device. Move it to the base's.")
+    keep = inputs.get("logits_to_keep")
+    if (
+        keep is not None
+        and not isinstance(keep, int)
+        and not (isinstance(keep, Tensor) and keep.dtype in (torch.int64, torch.int32) and keep.dim() == 1)
+    ):
+        raise TypeError(f"`logits_to_keep` must be an integer or a tensor of columns (K,), got {keep!r}.")
     embeds_only = inputs.get("input_ids") is None and inputs.get("inputs_embeds") is not None
     if embeds_only and own["assistant_input_ids"] is None:
         raise ValueError(
@@ -121,7 +128,16 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
         raise ValueError("`input_ids` must hold at least one row, got none.")
     if tokens(inputs).shape[1] == 0:
         raise ValueError("`input_ids` must hold a prompt, got no tokens. Thoughts need a prompt before them.")
-    check_unpacked(inputs.get("position_ids"), mask)
+    if isinstance(mask, Tensor) and mask.device.type == "meta":
+        raise ValueError("`attention_mask` must hold values, got one on the meta device. Move it to the base's.")
+    places = inputs.get("position_ids")
+    rows, columns = tokens(inputs).shape[:2]
+    if places is not None and (places.dim() < 2 or places.shape[-1] != columns or places.shape[-2] not in (1, rows)):
+        raise ValueError(
+            f"`position_ids` must have the shape of the tokens, {(rows, columns)}, got {tuple(places.shape)}. Make "
+            "one position per token, or leave them out."
+        )
+    check_unpacked(places, mask)
 
 
 def is_padding_mask(mask: Any) -> bool:
@@ -212,6 +228,7 @@ def _keep_logits(inputs: dict[str, Any], placement: Placement, length: int) -> t
         if 0 < keep <= length - placement.latest + 1:  # every row asked for moves up by N
             return None, True
         keep = torch.arange(length, device=placement.start.device)[-keep:]
+    keep = torch.where(keep < 0, keep + length, keep)
     # A token's row is its own before the thoughts and N further after them; rows differ, so both are computed.
     inputs["logits_to_keep"] = torch.cat([keep, keep + placement.num_thoughts])
     return keep, False

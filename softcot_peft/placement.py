@@ -117,12 +117,12 @@ def locate(
     uses_run = counts.amax() > 0
     start = torch.where(uses_run, run_start, prompt_end)
     checks = {
+        "mask": ~attended.eq(attention_mask).all() if attention_mask is not None else uses_run & False,
         "counts": (counts != counts[0]).any(),
         "broken": uses_run & (run_end - run_start != counts).any(),
         "late": uses_run & (run_end > first_label).any(),
         "unlabelled": ~uses_run & (first_label == length).any() if labels is not None else uses_run & False,
         "promptless": ~(attended & (columns < start[:, None])).any(1).all(),
-        "mask": ~attended.eq(attention_mask).all() if attention_mask is not None else uses_run & False,
         "vocabulary": uses_run & False,
         "shared": uses_run & False,
     }
@@ -187,8 +187,8 @@ def _explain(
             f"of the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
         )
     return (
-        "`attention_mask` must hold 0 and 1 only, found other values. Packed batches cannot carry thoughts; turn "
-        "packing off."
+        "`attention_mask` must hold 0 and 1 only, found other values, larger values in packed batches, which cannot "
+        "carry thoughts: turn packing off, and pass the tokenizer's mask."
     )
 
 

@@ -52,6 +52,9 @@ class Thinker:
             labels = unshift(inputs["shift_labels"])
         if inputs.get("input_ids") is None and mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
+        width = self.layer.base_hidden_size
+        if reference.dim() == 3 and reference.shape[2] != width:
+            raise ValueError(f"`inputs_embeds` must be as wide as the base's, {width}, got {reference.shape[2]}.")
         run_required = config.placement == "thought_token"
         placement = locate(
             inputs.get("input_ids"),
@@ -138,6 +141,8 @@ class Thinker:
                     f"the same shape, got {tuple(ids.shape)} and {tuple(mask.shape)}. Make one row per prompt, padded "
                     "on the left."
                 )
+            if not ((mask == 0) | (mask == 1)).all():
+                raise ValueError("`assistant_attention_mask` must hold 0 and 1 only, found other values.")
             if assistant_attention_mask is not None and (mask[:, -num:] == 0).any():
                 raise ValueError(
                     f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
