@@ -445,15 +445,13 @@ def test_prompts_and_cached_responses_are_the_equations(world: World, case: Case
 def test_generate_is_the_equations(world: World, case: Case, data: st.DataObject) -> None:
     batch = case.batch(labels=False)
     batch.pop("position_ids", None)
-    pad = world.model.generation_config.pad_token_id
+    pad = world.model.generation_config.pad_token_id or 0
     if all(all(row.mask) and pad not in row.ids for row in case.rows) and data.draw(st.booleans(), label="no mask"):
         del batch["attention_mask"]
     new, length = data.draw(st.integers(1, 4), label="new"), batch["input_ids"].shape[1]
     use_cache = data.draw(st.booleans(), label="cache")
     eos = world.base.config.eos_token_id
-    output = world.model.generate(
-        **batch, max_new_tokens=new, do_sample=False, use_cache=use_cache, pad_token_id=0 if pad is None else pad
-    )
+    output = world.model.generate(**batch, max_new_tokens=new, do_sample=False, use_cache=use_cache, pad_token_id=pad)
     assert torch.equal(output[:, :length], batch["input_ids"])
     assert output.shape[1] <= length + new
     assert all(torch.equal(thoughts, world.seen[0]) for thoughts in world.seen)
