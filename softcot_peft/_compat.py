@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Cache,
     PretrainedConfig,
@@ -26,7 +21,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 # Names under which models take their cache: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23).
@@ -34,6 +29,8 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets
 
 # Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
 PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
+
+_WIDEST = 2**16  # hidden states, several times those of the widest published LM
 
 # Where `accelerate launch` says that processes but the first are to leave weights empty (accelerate 1.15).
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -102,78 +99,6 @@ def head_width(model: PreTrainedModel) -> int:
     if width > _WIDEST:
         raise ValueError(f"The assistant's hidden states must be at most {_WIDEST} wide, got {width}. No LM is wider.")
     return width
-
-
-# Counts in configs, by the ends of their names, each several times that of the largest published LM.
-_COUNTS = {re.compile(r"(^|_)(layers?|blocks?)$"): 1024, re.compile(r"(^|_)(experts|heads?)$"): 4096}
-_MOST_PARAMETERS = 100_000  # tensors of one model
-_WIDEST = 2**16  # hidden states
-
-
-def read_config(name: str, revision: str | None) -> PretrainedConfig:
-    """Read a model's config, without running code, and refuse absurd numbers before anything is made of them.
-
-    Raises:
-        OSError: There is no config under this name.
-        ValueError: It cannot be a config, or not one of a model that could exist.
-    """
-    found, _ = PretrainedConfig.get_config_dict(name, revision=revision)
-    _check_config(found)
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-
-
-def _check_config(config: Mapping[str, Any], code: bool = False) -> None:
-    for key, value in config.items():
-        names_code = code or str(key).endswith("_implementation")
-        if isinstance(value, Mapping):
-            _check_config(value, names_code)
-        # With a name like "owner/kernel" transformers fetches compiled code from the Hub and runs it (5.23).
-        elif names_code and isinstance(value, str) and not value.isidentifier():
-            raise ValueError(f"its config asks for the code of {value!r} as `{key}`, which never runs.")
-        for count, most in _COUNTS.items():
-            if count.search(str(key)) and isinstance(value, (int, float)) and value > most:
-                raise ValueError(f"its config says `{key}` is {value}, and no LM has more than {most}.")
-
-
-def check_shards(name: str, revision: str | None) -> None:
-    """Refuse a list of weight files that leads out of the model's folder.
-
-    Raises:
-        ValueError: It does.
-    """
-    try:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
-    except OSError:
-        return  # one file
-    if index is None:
-        return
-    files = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {}).values()
-    outside = [file for file in files if Path(file).is_absolute() or ".." in PurePath(file).parts]
-    if outside:
-        raise ValueError(f"its list of weight files leads out of its folder, to {outside[0]!r}.")
-
-
-@contextmanager
-def meta_model() -> Iterator[None]:
-    """Make models on the meta device, and stop at those that are made of more tensors than any model is.
-
-    Raises:
-        ValueError: In the block, when it goes too far.
-    """
-    count, thread = 0, threading.get_ident()
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
-        if count > _MOST_PARAMETERS:
-            raise ValueError(f"its config asks for more than {_MOST_PARAMETERS} tensors.")
-
-    handle = register_module_parameter_registration_hook(register)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        handle.remove()
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -21,18 +21,15 @@ from transformers import (
 from ._compat import (
     backbone_of,
     check_decoder_lm,
-    check_shards,
     commit_of,
     head_width,
     is_empty,
     is_partitioned,
     loaded_whole,
-    meta_model,
     position_limit,
-    read_config,
-    takes_positions,
 )
-from .placement import positions
+from .backbone import Backbone
+from .untrusted import check_shards, meta_model, read_config
 
 _REMEDY = "Set its Hub id or folder, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double")
@@ -75,7 +72,7 @@ class Assistant:
         self._tokenizer = tokenizer
         # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
         self.lock = RLock()
-        self._skips_padding: bool | None = None  # not known before there is padding
+        self._run: Backbone | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Assistant:
         """A copied base shares the assistant."""
@@ -191,61 +188,14 @@ class Assistant:
         model = self.backbone(device)
         # accelerate's hooks move the inputs of offloaded ones
         at = device if model.device.type == "meta" else model.device
-        input_ids, attention_mask = input_ids.to(at), attention_mask.to(at)
-        by_length = False
         with torch.autocast(at.type, enabled=False):  # the same thoughts in training and inference
-            if self._skips_padding is not True and bool((attention_mask == 0).any()):
-                if self._skips_padding is None:
-                    self._skips_padding = _skips_padding(model, input_ids[attention_mask.sum(1).argmax()])
-                by_length = not self._skips_padding
-            if by_length:
-                hidden = _read_by_length(model, input_ids, attention_mask, num_thoughts)
-            else:
-                hidden = model(**_arguments(model, input_ids, attention_mask)).last_hidden_state[:, -num_thoughts:]
+            hidden = self._reading(model).last_states(input_ids.to(at), attention_mask.to(at), num_thoughts)
         return hidden.to(device)
 
-
-def _arguments(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """What a backbone's forward is called with."""
-    arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, "return_dict": True}
-    if takes_positions(model):
-        arguments["position_ids"] = positions(attention_mask)
-    return arguments
-
-
-def _skips_padding(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a backbone reads a text the same with padding before it.
-
-    Attention that is told mask and positions does. Some models count positions by column (BART and its kin) or take
-    padding into a recurrent state (RWKV, xLSTM, RecurrentGemma; transformers 5.23), and nothing in their config or
-    signature tells. So it is tried once, on a row with its beginning masked: the hidden states of such models change
-    by as much as they are large, those of the others by rounding, 1 % in bfloat16.
-
-    Args:
-        model: The backbone.
-        ids: `(L,)`, any text of at least two tokens.
-    """
-    row, start = ids[None], max(1, len(ids) // 4)
-    mask = torch.ones_like(row)
-    mask[:, :start] = 0
-    # Not through `__call__`: who counts the assistant's passes with hooks is to see its prompts alone.
-    padded, alone = (
-        model.forward(**_arguments(model, *arguments)).last_hidden_state[:, start - len(ids) :].float()
-        for arguments in ((row, mask), (row[:, start:], mask[:, start:]))
-    )
-    return bool((padded - alone).norm() < 0.05 * alone.norm())
-
-
-def _read_by_length(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, num_thoughts: int) -> Tensor:
-    """Read the rows of each length together, without their padding: as `hidden_states`, one pass per length."""
-    lengths = attention_mask.count_nonzero(dim=1)
-    order, found = lengths.argsort(stable=True), []
-    for length in lengths.unique().tolist():
-        rows = lengths == length
-        ids = input_ids[rows][attention_mask[rows] != 0].view(-1, length)
-        output = model(**_arguments(model, ids, torch.ones_like(ids)))
-        found.append(output.last_hidden_state[:, -num_thoughts:])
-    return torch.cat(found)[order.argsort()]
+    def _reading(self, model: PreTrainedModel) -> Backbone:
+        if self._run is None or self._run.model is not model:
+            self._run = Backbone(model)
+        return self._run
 
 
 _given: dict[str, Assistant] = {}

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig, PeftType, TaskType
 
 from ._card import write_usage
-from ._files import has_pickle_alone, pickled
 from ._saving import STAGED, save_config
+from .untrusted import has_pickle_alone, pickled
 
 _POSITIVE = ("num_thought_tokens", "inference_num_thought_tokens")
 _TEXTS = (

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._files import pickled
 from .layer import SoftCoTLayer
+from .untrusted import pickled
 
 _OWN = "softcot_projection."
 _PARTS = ("weight", "bias")

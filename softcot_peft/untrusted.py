@@ -1,0 +1,125 @@
+"""Files of strangers, looked at before anything is made of them: names, counts and kinds, never code.
+
+An adapter names an assistant, and both come from whoever published them. SECURITY.md says what follows from that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
+
+# Counts in configs, by the ends of their names, each several times that of the largest published LM.
+_COUNTS = {re.compile(r"(^|_)(layers?|blocks?)$"): 1024, re.compile(r"(^|_)(experts|heads?)$"): 4096}
+_MOST_PARAMETERS = 100_000  # tensors of one model
+
+
+def read_config(name: str, revision: str | None) -> PretrainedConfig:
+    """Read a model's config, without running code, and refuse absurd numbers before anything is made of them.
+
+    Raises:
+        OSError: There is no config under this name.
+        ValueError: It cannot be a config, or not one of a model that could exist.
+    """
+    found, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    _check_config(found)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def _check_config(config: Mapping[str, Any], code: bool = False) -> None:
+    for key, value in config.items():
+        names_code = code or str(key).endswith("_implementation")
+        if isinstance(value, Mapping):
+            _check_config(value, names_code)
+        # With a name like "owner/kernel" transformers fetches compiled code from the Hub and runs it (5.23).
+        elif names_code and isinstance(value, str) and not value.isidentifier():
+            raise ValueError(f"its config asks for the code of {value!r} as `{key}`, which never runs.")
+        for count, most in _COUNTS.items():
+            if count.search(str(key)) and isinstance(value, (int, float)) and value > most:
+                raise ValueError(f"its config says `{key}` is {value}, and no LM has more than {most}.")
+
+
+def check_shards(name: str, revision: str | None) -> None:
+    """Refuse a list of weight files that leads out of the model's folder.
+
+    Raises:
+        ValueError: It does.
+    """
+    try:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    except OSError:
+        return  # one file
+    if index is None:
+        return
+    files = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {}).values()
+    outside = [file for file in files if Path(file).is_absolute() or ".." in PurePath(file).parts]
+    if outside:
+        raise ValueError(f"its list of weight files leads out of its folder, to {outside[0]!r}.")
+
+
+@contextmanager
+def meta_model() -> Iterator[None]:
+    """Make models on the meta device, and stop at those that are made of more tensors than any model is.
+
+    Raises:
+        ValueError: In the block, when it goes too far.
+    """
+    count, thread = 0, threading.get_ident()
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > _MOST_PARAMETERS:
+            raise ValueError(f"its config asks for more than {_MOST_PARAMETERS} tensors.")
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        handle.remove()
+
+
+def has_pickle_alone(name: str, subfolder: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether an adapter's weights are a pickle, with no safetensors file beside it.
+
+    Args:
+        name: Hub id or folder of the adapter.
+        subfolder: Folder within it.
+        options: Of them `revision`, `cache_dir`, `token` and `local_files_only`, as `hf_hub_download` takes them.
+    """
+    folder = Path(name, subfolder or "")
+    if folder.is_dir():
+        return not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+    where = {key: options[key] for key in ("revision", "repo_type") if options.get(key) is not None}
+    offline = constants.HF_HUB_OFFLINE or bool(options.get("local_files_only"))
+
+    def exists(file: str) -> bool:
+        file = file if subfolder is None else f"{subfolder}/{file}"
+        if isinstance(try_to_load_from_cache(name, file, cache_dir=options.get("cache_dir"), **where), str):
+            return True
+        return not offline and file_exists(name, file, token=options.get("token"), **where)
+
+    return not exists(SAFETENSORS_WEIGHTS_NAME) and exists(WEIGHTS_NAME)
+
+
+def pickled(where: str) -> str:
+    """The message for an adapter that is a pickle."""
+    return (
+        f"An adapter must be a safetensors file, got a pickle in {where!r}, which can run code. If you trust it, "
+        "load its tensors with `torch.load(..., weights_only=True)` and write them with "
+        "`safetensors.torch.save_file` as adapter_model.safetensors."
+    )
