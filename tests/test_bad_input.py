@@ -127,7 +127,6 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     "flat own ids": (lambda i, m: {"assistant_input_ids": torch.ones(9).long()}, ValueError, "must have 4 rows"),
     "three own rows": (lambda i, m: {"assistant_input_ids": torch.ones(3, 9).long()}, ValueError, "must have 4 rows"),
     "no own ids": (lambda i, m: {"assistant_input_ids": torch.ones(4, 0).long()}, ValueError, "must have 4 rows"),
-    "too many own ids": (lambda i, m: {"assistant_input_ids": torch.ones(4, 300).long()}, ValueError, "256 positions"),
     "NaN in the own mask": (
         lambda i, m: {**OWN, "assistant_attention_mask": torch.full((4, 9), float("nan"))}, ValueError, "0 and 1 only",
     ),
