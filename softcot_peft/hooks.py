@@ -161,8 +161,9 @@ class ThoughtHooks:
             return None
         if running.writing is not None and not running.writing.done:
             raise RuntimeError(
-                f"The input embedding of {type(model).__name__} must write the thoughts, but it was not run. If it "
-                "was replaced after the adapter was attached, unload the adapter, replace it, and load it again."
+                f"The input embedding of {type(model).__name__} must write the thoughts, but was not run on the ids "
+                "of this pass. If it was replaced after the adapter was attached, unload the adapter, replace it, and "
+                "load it again; if not, the model adds to its ids before it looks them up, and cannot carry thoughts."
             )
         generation = RUNNING.get()
         if running.places and (generation is None or generation.model is not model):

@@ -278,10 +278,11 @@ def test_with_thought_tokens_knows_two_places(pair: Pair, where: Any) -> None:
 FIELDS = ["assistant_model_name_or_path", "assistant_revision", "num_thought_tokens", "inference_num_thought_tokens",
           "thought_token", "placement", "assistant_prompt", "assistant_thought_token", "assistant_shares_tokenizer",
           "tokenizer_name_or_path", "init_weights"]  # fmt: skip
+VALUES = [5.5, float("nan"), b"x", [], {}, object(), -(10**30), torch.ones(1), int]
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("value", [5.5, float("nan"), b"x", [], {}, object(), -(10**30), torch.ones(1), int], ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_fields_refuse_what_they_cannot_be(pair: Pair, field: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"`{field}` must be"):
         pair.config(**{field: value})

@@ -131,7 +131,7 @@ def test_an_embedding_replaced_after_attaching_is_refused(pair: Pair, model: Pef
     base = model.get_base_model()
     base.set_input_embeddings(nn.Embedding.from_pretrained(model.get_input_embeddings().weight))
     batch = pair.batch(QUESTIONS)
-    with pytest.raises(RuntimeError, match="must write the thoughts, but it was not run"):
+    with pytest.raises(RuntimeError, match="must write the thoughts, but was not run"):
         model(**batch, logits_to_keep=1) if call == "forward" else model.generate(**batch, max_new_tokens=2)
 
 

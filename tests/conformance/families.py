@@ -80,7 +80,7 @@ UNBUILDABLE = {
 REFUSED = {"xlm": "attend to later ones", "xlnet": "attend to later ones"}
 # Types whose embedding is not given the ids of the call, and how the package says so in the first pass: CPM-Ant puts a
 # prompt of its own before them, Reformer pads them to its chunks.
-UNCARRIED = dict.fromkeys(("cpmant", "reformer"), "must write the thoughts, but it was not run")
+UNCARRIED = dict.fromkeys(("cpmant", "reformer"), "must write the thoughts, but was not run")
 
 # Fields that names alone do not settle, by the type of the config that has them; a dict is for a sub-config.
 OVERRIDES: dict[str, dict[str, Any]] = {
