@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,27 @@ def think_with(pair: Pair, folder: Path, **changes: object) -> Tensor:
 
 
 CODE = {"AutoConfig": "evil.Code", "AutoModelForCausalLM": "evil.Code", "AutoTokenizer": ["evil.Code", "evil.Code"]}
+
+
+def test_of_a_folder_only_a_models_own_files_are_opened(pair: Pair, adapter: Path, assistant: Path) -> None:
+    for name in ("id_rsa", "notes.txt", "pytorch_model.bin", "modeling.py", "data.csv"):
+        (assistant / name).write_text("private", encoding="utf-8")
+    rewrite(adapter, assistant_model_name_or_path=str(assistant))
+    opened: list[Path] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            opened.append(Path(arguments[0]))
+
+    sys.addaudithook(watch)  # cannot be removed
+    try:
+        answers(load("peft", pair, adapter), pair)
+    finally:
+        watching.clear()
+    found = {path.name for path in opened if path.parent == assistant}
+    assert "config.json" in found
+    assert all(name.endswith((".json", ".safetensors", ".jinja")) for name in found)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
