@@ -41,7 +41,7 @@ class Backbone:
             if not self._skips_padding:
                 return self._by_length(input_ids, attention_mask, num)
         states: Tensor = self.model(**self._arguments(input_ids, attention_mask)).last_hidden_state
-        return states[:, -num:]
+        return states[:, -num:].clone()  # not a view, which would hold the states of whole prompts
 
     def _arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, "return_dict": True}
@@ -78,5 +78,5 @@ class Backbone:
             rows = lengths == length
             ids = input_ids[rows][attention_mask[rows] != 0].view(-1, length)
             output = self.model(**self._arguments(ids, torch.ones_like(ids)))
-            found.append(output.last_hidden_state[:, -num:])
+            found.append(output.last_hidden_state[:, -num:].clone())
         return torch.cat(found)[order.argsort()]

@@ -12,6 +12,8 @@ from conftest import QUESTIONS, Pair
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainingArguments
 
+from softcot_peft import assistant
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,8 +28,11 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_path: Path) -> None:
+def test_the_readme_s_code_runs_from_training_to_the_pipeline(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The blocks in their order, with the pair of the tests in the place of the named models."""
+    monkeypatch.setattr(assistant, "_given", {})  # the README gives one a name
     labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),

@@ -539,7 +539,7 @@ def test_an_absurd_config_is_refused_before_memory_is_taken(
 def test_a_config_that_asks_for_endless_modules_under_another_name_is_stopped(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softcot_peft._compat._MOST_PARAMETERS", 5)
+    monkeypatch.setattr("softcot_peft.untrusted._MOST_PARAMETERS", 5)
     with pytest.raises(ValueError, match="asks for more than 5 tensors"):
         pair.model(assistant_dtype="float64")  # another assistant than those in use
     monkeypatch.undo()
