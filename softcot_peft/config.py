@@ -1,4 +1,4 @@
-"""`SoftCoTConfig`: what an adapter is, as data; its fields are checked alone and against each other. No torch."""
+"""`SoftCoTConfig`: what an adapter is, as data; its fields are checked alone and against each other."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_decoding_by_hand_goes_on_after_the_thoughts(
     with torch.no_grad():
         logits = model(**one_more(batch, token), past_key_values=cache).logits[:, -1]
     for row, last, found in zip(pair.rows(QUESTIONS), token.tolist(), logits, strict=True):
-        torch.testing.assert_close(found, oracle.logits(row, last, prompt=row)[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, oracle.logits(row, last, prompt=row)[-1], atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
@@ -181,7 +181,7 @@ def test_rows_picked_from_a_cache_keep_their_own_thoughts(
     prompts = pair.rows(QUESTIONS)
     for index, last, found in zip(rows.tolist(), token.tolist(), logits, strict=True):
         expected = oracle.logits(prompts[index], last, prompt=prompts[index])[-1]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
 
 
 def test_a_cache_can_be_cropped_back_to_the_thoughts_and_no_further(
@@ -249,7 +249,7 @@ def test_a_prompt_read_in_chunks_by_hand_warns_and_places_after_the_first(
     with torch.no_grad():
         found = model(input_ids=torch.tensor([prompt[6:]]), past_key_values=cache).logits[0]
     expected = oracle.logits(prompt[:6], prompt[6:], prompt=prompt[:6])[6 + N :]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
 
 
 def test_a_logits_processor_may_run_the_model(pair: Pair, model: PeftModel) -> None:
