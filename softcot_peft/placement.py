@@ -133,6 +133,8 @@ def locate(
     facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax()]
     *failed, num_run, padded, latest = torch.stack([fact.long() for fact in facts]).tolist()
     for name, fails in zip(checks, failed, strict=True):
+        if fails and name == "mask" and attention_mask is not None:
+            raise ValueError(_explain_mask(attention_mask))
         if fails and name in ("vocabulary", "shared") and input_ids is not None:
             raise ValueError(_explain_ids(name, input_ids, vocabulary, shared_vocabulary))
         if fails:
@@ -180,15 +182,20 @@ def _explain(
             f"Every row of `labels` needs at least one label that is not {IGNORED}, since thoughts stand before the "
             f"first one; row {row} has none. Drop such rows, or truncate less of the response."
         )
-    if name == "promptless":
-        row = first(~prompt.any(1))
-        return (
-            f"Every row needs a prompt before its thoughts, but row {row} has no attended token there. Set the labels "
-            f"of the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
-        )
+    row = first(~prompt.any(1))
     return (
-        "`attention_mask` must hold 0 and 1 only, found other values, larger values in packed batches, which cannot "
-        "carry thoughts: turn packing off, and pass the tokenizer's mask."
+        f"Every row needs a prompt before its thoughts, but row {row} has no attended token there. Set the labels of "
+        f"the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
+    )
+
+
+def _explain_mask(attention_mask: Tensor) -> str:
+    """The message for a mask that holds other values than 0 and 1."""
+    row, column = (int(index) for index in (attention_mask != 0).ne(attention_mask).nonzero()[0])
+    return (
+        f"`attention_mask` must hold 0 and 1 only, got {attention_mask[row, column].item()} in row {row}. Larger "
+        "values are those of packed batches, which cannot carry thoughts: turn packing off, and pass the tokenizer's "
+        "mask."
     )
 
 
@@ -222,9 +229,11 @@ def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -
     if attention_mask is not None:
         restarts = restarts & (attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] != 0)
     if restarts.any():
+        row, column = (int(index) for index in restarts.flatten(0, -2).nonzero()[0])
         raise ValueError(
-            "`position_ids` must rise along each row, but they start again within one: packed or padding-free batches "
-            "cannot carry thoughts, since a row has one place for them. Turn `packing` and `padding_free` off."
+            f"`position_ids` must rise along each row, but they start again within row {row}, in column {column + 1}: "
+            "packed or padding-free batches cannot carry thoughts, since a row has one place for them. Turn `packing` "
+            "and `padding_free` off."
         )
 
 

@@ -466,7 +466,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Pair], dict[str, Any]], list[str]]] = {
     ),
     "a mask that numbers sequences": (
         with_ids(attention_mask=torch.tensor([[1] * 7, [1, 1, 1, 2, 2, 2, 2]])),
-        ["`attention_mask` must hold 0 and 1 only", "larger values", "turn packing off"],
+        ["`attention_mask` must hold 0 and 1 only", "got 2 in row 1", "turn packing off"],
     ),
     **{
         name: (with_ids(**{name: CUMULATED}), [f"`{name}`", "packed or padding-free batch", "Turn `packing`"])
