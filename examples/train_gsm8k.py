@@ -6,8 +6,8 @@ With a pair and the data from the Hub, in the paper's recipe (arXiv 2502.12134):
 
 Thoughts stand at the prompt's end; `--where user_turn --thought-token "<|endoftext|>"` puts them at the end of the
 user's turn, as in the paper. Base and assistant may be folders (`make_tiny_pair.py` makes a pair to try), data may be
-JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it with `accelerate launch` and
-DDP; its evaluation shares rows out unevenly, which sharding engines do not allow.
+JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it with `accelerate launch`
+and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow.
 """
 
 from __future__ import annotations
