@@ -165,7 +165,7 @@ def base_batch(
     of no use to the base model, and so it never learns to.
 
     Soft thoughts are only like a digit's embedding, and from a fresh linear layer they are much
-    larger. So hints get noise (up to 1.5 times the embeddings' spread) and are scaled (by 0.5 to
+    larger. So hints get noise (up to 4 times the embeddings' spread) and are scaled (by 0.5 to
     8); one in ten of their vectors, and often one more behind them, is noise alone.
     """
     unk, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
@@ -184,7 +184,7 @@ def base_batch(
     is_hint, _ = collate(hints, [[0] * len(target) for target in targets], 0)
     embeddings = model.get_input_embeddings()(ids)
     noise = torch.randn(embeddings.shape) * model.get_input_embeddings().weight.detach().std()
-    level = 1.5 * torch.rand(size, 1, 1)
+    level = 4 * torch.rand(size, 1, 1)
     noisy = torch.where((ids == unk)[..., None], noise, embeddings + level * noise)
     scale = 2 ** (4 * torch.rand(size, 1, 1) - 1)
     embeddings = torch.where(is_hint[..., None] == 1, scale * noisy, embeddings)

@@ -7,7 +7,8 @@ With a pair and the data from the Hub, in the paper's recipe (arXiv 2502.12134):
 Thoughts stand at the prompt's end; `--where user_turn --thought-token "<|endoftext|>"` puts them at the end of the
 user's turn, as in the paper. Base and assistant may be folders (`make_tiny_pair.py` makes a pair to try), data may be
 JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it with `accelerate launch`
-and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow.
+and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow. `--controls` tells how much of
+a score is due to what the thoughts say.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
+from controls import controlled
 from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import (
@@ -76,6 +78,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs that support it")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
+    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
     return parser.parse_args(argv)
 
 
@@ -246,11 +249,19 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args, config)
     rows = load_rows(args.eval_file, "test", args.max_eval_samples)
     rows.sort(key=lambda row: len(row["question"]), reverse=True)  # batches of about one length, the longest first
+    if args.controls and 1 in (args.eval_batch_size, len(rows) % args.eval_batch_size):
+        raise ValueError(
+            f"`--controls` gives a problem the thoughts of another one in its batch, but {len(rows)} problems in "
+            f"batches of {args.eval_batch_size} leave one alone. Choose another `--eval-batch-size`."
+        )
     model = get_peft_model(load_base(args, tokenizer), config)
     train(model, tokenizer, args)
     with model.disable_adapter():
         evaluate("base", model, tokenizer, rows, 0, args)
     solutions = evaluate("SoftCoT", model, tokenizer, rows, args.inference_thoughts, args)
+    for control in ("zero vectors", "another question's", "random projection") if args.controls else ():
+        with controlled(model, control, seed=args.seed):
+            evaluate(control, model, tokenizer, rows, args.inference_thoughts, args)
     del model
     release_memory()  # room for the second base
     if PartialState().is_main_process:

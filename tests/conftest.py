@@ -7,7 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import importlib.util
+import importlib
 import socket
 import sys
 from collections.abc import Callable
@@ -138,12 +138,10 @@ def make_assistant(vocab_size: int) -> Olmo2ForCausalLM:
 
 
 def load_example(name: str) -> ModuleType:
-    """A script of examples/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # one script imports another by its name
-    spec.loader.exec_module(module)
-    return module
+    """A script of examples/, which is no package; one imports another by its name, as when it is run."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    return importlib.import_module(name)
 
 
 @dataclass

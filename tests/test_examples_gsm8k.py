@@ -269,15 +269,22 @@ def test_thoughts_in_the_user_turn_with_sampling(
     file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     more = ["--where", "user_turn", "--thought-token", "<thought>", "--temperature", "1"]
-    more += ["--max-steps", "2", "--max-train-samples", "8"]
+    more += ["--max-steps", "2", "--max-train-samples", "8", "--controls"]
     gsm8k.main(command(file, tiny_pair, tmp_path, *more))
     printed = capsys.readouterr().out
+    for control in ("zero vectors", "another question's", "random projection"):
+        assert re.search(rf"Exact match, {control}: .* of 6\)", printed)
     assert "Training rows: 8" in printed
     assert "4 of 4 solutions of the first batch are the same" in printed
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
     assert "Why?" + "<thought>" * 6 + "<end>" in prompt
     assert json.loads((tmp_path / "adapter_config.json").read_text())["placement"] == "thought_token"
+
+
+def test_controls_need_another_question_in_every_batch(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave one alone"):
+        gsm8k.main(command(file, tiny_pair, tmp_path, "--controls", "--eval-batch-size", "5"))
 
 
 def test_without_a_thought_token_the_user_turn_is_refused(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
