@@ -3,7 +3,7 @@
 The base works out `12+34*5` but cannot read `twelve plus thirty four times five`; the assistant can read it but cannot
 work it out. One trained linear layer between them is all that is added. See `small_pair.py` for how the pair is made.
 
-    python examples/quickstart.py [--steps 600] [--output-dir runs/quickstart]
+    python examples/quickstart.py [--steps 300] [--output-dir runs/quickstart]
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def check(holds: bool, what: str) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-2)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--num-thought-tokens", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=400, help="number of held-out problems of each kind")
     parser.add_argument("--seed", type=int, default=0)
@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base_folder, assistant_folder = load_or_make(args.pair)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     base = AutoModelForCausalLM.from_pretrained(base_folder)
-    worded = problems(args.held_out, seed=1, held_out=True)
-    digits = problems(args.held_out, seed=2, worded=False, held_out=True)
+    worded = problems(args.held_out, seed=3, held_out=True)
+    digits = problems(args.held_out, seed=4, worded=False, held_out=True)
     worded_prompts, digit_prompts = ([example["prompt"] for example in kind] for kind in (worded, digits))
     before = answer(base, tokenizer, worded_prompts, "base, worded")
     own = answer(base, tokenizer, digit_prompts, "base, its own problems")
