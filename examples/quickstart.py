@@ -1,4 +1,4 @@
-"""Train a SoftCoT adapter on the small pair, offline, and use it in every way; a few minutes on 2 cores.
+"""Train a SoftCoT adapter on the small pair, offline, and use it in every way; half a minute on 2 cores.
 
 The base works out `12+34*5` but cannot read `twelve plus thirty four times five`; the assistant can read it but cannot
 work it out. One trained linear layer between them is all that is added. See `small_pair.py` for how the pair is made.
