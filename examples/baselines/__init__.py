@@ -1,0 +1,23 @@
+"""The systems that SoftCoT is compared with, and SoftCoT itself, all of one shape ([`System`])."""
+
+from .assist_cot import AssistCoT
+from .coconut import Coconut
+from .common import Baseline, System
+from .cot_unk import CotUnk, TrainedPlaceholders
+from .lora import Lora
+from .prompt_tuning import PromptTuning
+from .softcot import SoftCoT
+from .zero_shot import ZeroShot
+
+__all__ = [
+    "AssistCoT",
+    "Baseline",
+    "Coconut",
+    "CotUnk",
+    "Lora",
+    "PromptTuning",
+    "SoftCoT",
+    "System",
+    "TrainedPlaceholders",
+    "ZeroShot",
+]

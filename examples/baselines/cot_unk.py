@@ -1,0 +1,85 @@
+"""CoT-Unk: placeholders at the prompt's end where soft thoughts would stand; untrained, or with trained embeddings.
+
+The untrained form is a baseline of the SoftCoT paper (Xu et al. 2025, arXiv 2502.12134): it says what N more positions
+are worth by themselves. The trained form is prompt tuning (Lester et al. 2021, arXiv 2104.08691), its vectors where
+SoftCoT has its thoughts: it says what thoughts are worth that do not depend on the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .common import Baseline
+
+
+class CotUnk(Baseline):
+    """N times one token at the prompt's end. Nothing is trained.
+
+    Args:
+        base: Folder of the base.
+        num_placeholders: N.
+        placeholder: A token of the base's vocabulary. `None`: its unk, else its eos token.
+        **settings: As [`Baseline`] takes them.
+
+    Raises:
+        ValueError: The placeholder is no token of the base.
+    """
+
+    def __init__(
+        self, base: str | Path, num_placeholders: int = 8, placeholder: str | None = None, **settings: Any
+    ) -> None:
+        self.num_placeholders = num_placeholders
+        super().__init__(base, **settings)
+        token = placeholder or self.tokenizer.unk_token or self.tokenizer.eos_token
+        if token not in self.tokenizer.get_vocab():
+            raise ValueError(
+                f"`placeholder` must be a token of the base's vocabulary, got {token!r}. Name a special token."
+            )
+        self.placeholder_id = self.tokenizer.convert_tokens_to_ids(token)
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Prompts with their placeholders."""
+        return [[*ids, *[self.placeholder_id] * self.num_placeholders] for ids in super().prompt_ids(prompts)]
+
+
+class Placeholders(nn.Module):
+    """An input embedding that writes trained vectors over the positions of ids beyond the vocabulary.
+
+    Args:
+        embedding: The base's, `(V, H)`.
+        number: N. Ids V to V + N - 1 are the placeholders.
+    """
+
+    def __init__(self, embedding: nn.Module, number: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        drawn = torch.randint(len(embedding.weight), (number,))
+        self.vectors = nn.Parameter(embedding.weight.detach()[drawn].clone())  # (N, H)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids `(B, L)` to embeddings `(B, L, H)`."""
+        first = len(self.embedding.weight)
+        known = self.embedding(ids.clamp(max=first - 1))
+        return torch.where((ids >= first)[..., None], self.vectors[(ids - first).clamp(min=0)], known)
+
+
+class TrainedPlaceholders(CotUnk):
+    """CoT-Unk with a trained embedding for each of the N placeholders, which begin as those of random tokens."""
+
+    default_learning_rate = 3e-2
+
+    def attach(self, base: PreTrainedModel) -> PreTrainedModel:
+        """The base with N more ids that can be read and not written."""
+        base.set_input_embeddings(Placeholders(base.get_input_embeddings(), self.num_placeholders))
+        return base
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Prompts with placeholders V to V + N - 1."""
+        first = len(self.model.get_input_embeddings().embedding.weight)
+        return [[*ids, *range(first, first + self.num_placeholders)] for ids in Baseline.prompt_ids(self, prompts)]

@@ -1,0 +1,58 @@
+"""Prompt tuning: trained vectors before the prompt; PEFT's.
+
+Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .common import Baseline
+
+
+class PromptTuning(Baseline):
+    """N trained vectors before the prompt, the same for every prompt; they begin as embeddings of random tokens.
+
+    Args:
+        base: Folder of the base.
+        num_virtual_tokens: N.
+        **settings: As [`Baseline`] takes them.
+    """
+
+    default_learning_rate = 3e-2
+
+    def __init__(self, base: str | Path, num_virtual_tokens: int = 8, **settings: Any) -> None:
+        self.num_virtual_tokens = num_virtual_tokens
+        super().__init__(base, **settings)
+
+    def attach(self, base: PreTrainedModel) -> PeftModel:
+        """The base with fresh vectors."""
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.num_virtual_tokens,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        )
+        return get_peft_model(base, config).eval()
+
+    def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        """New ids `(B, M)`, with the vectors between each row's padding and its prompt.
+
+        PEFT's own `generate` puts them before the padding and drops position ids, so that rows of a padded batch
+        would differ from the same rows alone.
+        """
+        base, number = self.model.get_base_model(), self.num_virtual_tokens
+        vectors = self.model.get_prompt(batch_size=len(ids))  # (B, N, H)
+        embeddings = torch.cat([vectors, base.get_input_embeddings()(ids)], 1)  # (B, N + L, H)
+        attended = torch.cat([mask.new_ones(len(ids), number), mask], 1)
+        if not mask.all():
+            # The padding behind the vectors moves before them: a stable sort by (is attended).
+            order = attended.argsort(dim=1, stable=True)
+            attended = attended.gather(1, order)
+            embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
+        return base.generate(inputs_embeds=embeddings, attention_mask=attended, **settings)

@@ -1,0 +1,50 @@
+"""SoftCoT: hidden states of a frozen assistant, projected, as soft thoughts of the frozen base.
+
+Xu et al. 2025, "SoftCoT: Soft Chain-of-Thought for Efficient Reasoning with LLMs", arXiv 2502.12134.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from softcot_peft import SoftCoTConfig
+
+from .common import Baseline
+
+
+class SoftCoT(Baseline):
+    """N soft thoughts between prompt and response; the projection is trained.
+
+    Args:
+        base: Folder of the base.
+        assistant: Folder of the assistant and its tokenizer.
+        num_thought_tokens: N.
+        config: Further fields of [`SoftCoTConfig`].
+        **settings: As [`Baseline`] takes them.
+    """
+
+    default_learning_rate = 2e-2
+
+    def __init__(
+        self,
+        base: str | Path,
+        assistant: str | Path,
+        num_thought_tokens: int = 8,
+        config: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = SoftCoTConfig(
+            task_type="CAUSAL_LM",
+            assistant_model_name_or_path=str(assistant),
+            num_thought_tokens=num_thought_tokens,
+            **(config or {}),
+        )
+        super().__init__(base, **settings)
+
+    def attach(self, base: PreTrainedModel) -> PeftModel:
+        """The base with a fresh projection; the assistant is loaded when it is first needed."""
+        return get_peft_model(base, self.config).eval()
