@@ -129,6 +129,12 @@ def test_prompt_tuning_generates_as_peft_does_where_nothing_is_padded(pair: Pair
         assert pair.tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) == mine
 
 
+@pytest.mark.parametrize("padding", [0, 1])  # the tokenizer's pad token, and its EOS
+def test_written_tokens_are_counted_to_the_first_eos(padding: int, pair: Pair) -> None:
+    new = torch.tensor([[5, 1, padding, padding], [5, 6, 7, 8], [1, padding, padding, padding]])
+    assert baselines.ZeroShot(pair.base).count(new) == 2 + 4 + 1
+
+
 @each
 def test_answers_in_a_batch_are_those_given_alone_after_training(name: str, pair: Pair) -> None:
     system = SYSTEMS[name](pair)

@@ -41,18 +41,14 @@ class PromptTuning(Baseline):
         return get_peft_model(base, config).eval()
 
     def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """New ids `(B, M)`, with the vectors between each row's padding and its prompt.
+        """New ids `(B, M)`; positions count what is attended, so that padding behind the vectors takes none.
 
-        PEFT's own `generate` puts them before the padding and drops position ids, so that rows of a padded batch
-        would differ from the same rows alone.
+        PEFT's own `generate` drops position ids, so that rows of a padded batch would differ from the same rows alone.
         """
         base, number = self.model.get_base_model(), self.num_virtual_tokens
         vectors = self.model.get_prompt(batch_size=len(ids))  # (B, N, H)
-        embeddings = torch.cat([vectors, base.get_input_embeddings()(ids)], 1)  # (B, N + L, H)
-        attended = torch.cat([mask.new_ones(len(ids), number), mask], 1)
-        if not mask.all():
-            # The padding behind the vectors moves before them: a stable sort by (is attended).
-            order = attended.argsort(dim=1, stable=True)
-            attended = attended.gather(1, order)
-            embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
-        return base.generate(inputs_embeds=embeddings, attention_mask=attended, **settings)
+        return base.generate(
+            inputs_embeds=torch.cat([vectors, base.get_input_embeddings()(ids)], 1),
+            attention_mask=torch.cat([mask.new_ones(len(ids), number), mask], 1),
+            **settings,
+        )
