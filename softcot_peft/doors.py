@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -37,7 +38,9 @@ class Replaced:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The original method; `inspect.signature` reads this."""
-        original: Callable[..., Any] = self.earlier or getattr(type(self.model), self.name).__get__(self.model)
+        kind = type(self.model)
+        method = inspect.getattr_static(kind, self.name)  # a static one is not to be bound
+        original: Callable[..., Any] = self.earlier or method.__get__(self.model, kind)
         return original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .layer import SoftCoTLayer
 from .untrusted import pickled
@@ -117,17 +116,16 @@ def load_checked(
     """
     model = kwargs.get("model", args[0] if args else None)
     files, state = kwargs.get("checkpoint_files"), kwargs.get("state_dict")
-    load = PreTrainedModel._load_pretrained_model  # a static method: `original` would pass the model twice
     name = _loading(layer, kwargs.get("expected_keys"))
     if name is None or not isinstance(model, nn.Module):
-        return load(*args, **kwargs)
+        return original(*args, **kwargs)
     try:
         projection_weights(state or _read(files or []), model, layer, name)
     except Exception:
         discard(name)
         raise
     layer.fresh.discard(name)
-    return load(*args, **kwargs)
+    return original(*args, **kwargs)
 
 
 def _loading(layer: SoftCoTLayer, expected: list[str] | None) -> str | None:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -142,6 +143,12 @@ def load_example(name: str) -> ModuleType:
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))
     return importlib.import_module(name)
+
+
+def next_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the token after each row of a batch, `(B, V)`."""
+    with torch.no_grad():
+        return model(**batch, logits_to_keep=1).logits[:, -1]
 
 
 @dataclass

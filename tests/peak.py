@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import make_base, make_base_tokenizer
+from conftest import make_assistant, make_base, make_base_tokenizer
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from softcot_peft import SoftCoTConfig, use_assistant
 
@@ -60,18 +60,7 @@ def make_model(num_thoughts: int) -> PeftModel:
     """A tiny pair with positions for long prompts, that reads the same ids."""
     torch.manual_seed(0)
     tokenizer = make_base_tokenizer()
-    assistant = Olmo2ForCausalLM(
-        Olmo2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=LONGEST,
-            eos_token_id=1,
-        )
-    )
+    assistant = make_assistant(len(tokenizer))
     config = SoftCoTConfig(
         task_type="CAUSAL_LM",
         assistant_model_name_or_path=use_assistant(assistant, tokenizer, name="long"),

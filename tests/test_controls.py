@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair, load_example
+from conftest import QUESTIONS, Pair, load_example, next_logits
 from oracle import Oracle
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 N, NEW = 4, 5
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
@@ -28,11 +28,6 @@ def model(pair: Pair) -> PeftModel:
 @pytest.fixture
 def oracle(pair: Pair, model: PeftModel) -> Oracle:
     return Oracle.of(model, pair.base, pair.assistant, N)
-
-
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**batch, logits_to_keep=1).logits[:, -1]
 
 
 def expected(oracle: Oracle, row: list[int], thoughts: Tensor) -> Tensor:
@@ -58,7 +53,7 @@ def test_each_control_writes_what_its_name_says(
     }
     for control, thoughts in wanted.items():
         with controls.controlled(model, control, average=average):
-            found = logits(model, batch)
+            found = next_logits(model, batch)
         for row, changed, one in zip(rows, thoughts, found, strict=True):
             torch.testing.assert_close(one, expected(oracle, row, changed), **CLOSE)
     assert set(wanted) | {"random projection"} == set(controls.CONTROLS)
@@ -69,10 +64,10 @@ def test_a_random_projection_is_another_one_for_each_seed(pair: Pair, controls: 
     found = []
     for seed in (0, 0, 1):
         with controls.controlled(model, "random projection", seed=seed):
-            found.append(logits(model, batch))
+            found.append(next_logits(model, batch))
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
-    assert not torch.allclose(found[0], logits(model, batch))
+    assert not torch.allclose(found[0], next_logits(model, batch))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -99,7 +94,7 @@ def test_what_a_control_needs_is_asked_for(pair: Pair, controls: ModuleType, mod
         controls.controlled(model, "another question's"),
         pytest.raises(ValueError, match="two rows or more, got one"),
     ):
-        logits(model, pair.batch(QUESTIONS[:1]))
+        next_logits(model, pair.batch(QUESTIONS[:1]))
 
 
 def test_thoughts_are_read_off_in_batches(pair: Pair, controls: ModuleType, model: PeftModel, oracle: Oracle) -> None:

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from conftest import Pair
 from oracle import Oracle
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
+from short_prompts import NEW, PROMPTS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 N = 4
-NEW = 6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROMPTS = [QUESTIONS[1], QUESTIONS[3], "Seven?"]
 
 
 def answers(model: nn.Module, pair: Pair) -> list[list[int]]:

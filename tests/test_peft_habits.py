@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from conftest import Pair
 from oracle import Oracle
 from peft import (
     LoraConfig,
@@ -25,26 +25,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from short_prompts import NEW, PROMPTS, answers, next_logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from softcot_peft import use_assistant
 
 N = 4
-NEW = 6
-PROMPTS = [QUESTIONS[1], QUESTIONS[3], "Seven?"]
 SIZE = 32 * 24 + 32  # of the projection
-
-
-def answers(model: nn.Module, pair: Pair) -> list[list[int]]:
-    batch = pair.batch(PROMPTS)
-    found = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(1) + 1] if 1 in row else row for row in found]
-
-
-def next_logits(model: nn.Module, pair: Pair) -> Tensor:
-    with torch.no_grad():
-        return model(**pair.batch(PROMPTS), logits_to_keep=1).logits[:, -1]
 
 
 def loss(model: nn.Module, pair: Pair) -> Tensor:

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from conftest import Pair
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
+from short_prompts import NEW, PROMPTS, answers, next_logits
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 N = 4
-NEW = 6
 IGNORED = -100
-PROMPTS = [QUESTIONS[1], QUESTIONS[3], "Seven?"]
 RESPONSES = [" They have twenty eight legs.", " Five.", " Yes, eight."]
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=16, target_modules=["q_proj", "v_proj"])
 LARGE = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -127,17 +126,6 @@ def save(model: nn.Module, folder: Path) -> None:
         model.set_adapter(name)
         model.save_pretrained(folder / name)
     model.set_adapter(["tuned", "thoughts"])
-
-
-def answers(model: nn.Module, pair: Pair) -> list[list[int]]:
-    batch = pair.batch(PROMPTS)
-    found = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(1) + 1] if 1 in row else row for row in found]
-
-
-def next_logits(model: nn.Module, pair: Pair) -> Tensor:
-    with torch.no_grad():
-        return model(**pair.batch(PROMPTS), logits_to_keep=1).logits[:, -1]
 
 
 def merged_oracle(pair: Pair, folder: Path, scratch: Path) -> Oracle:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from conftest import QUESTIONS, Pair, next_logits
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -41,13 +41,8 @@ def new_tokens(model: nn.Module, batch: dict[str, Tensor]) -> list[list[int]]:
     return result[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def last_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**batch, logits_to_keep=1).logits[:, -1]
-
-
 def check_against(oracle: Oracle, model: nn.Module, pair: Pair, texts: list[str] = QUESTIONS) -> None:
-    for row, logits in zip(pair.rows(texts), last_logits(model, pair.batch(texts)), strict=True):
+    for row, logits in zip(pair.rows(texts), next_logits(model, pair.batch(texts)), strict=True):
         torch.testing.assert_close(logits, oracle.logits(row, [])[-1], **CLOSE)
 
 
@@ -296,13 +291,13 @@ def test_a_compiled_model_reads_each_batch_s_own_thoughts(
     prompts = [row[:9] for row in pair.rows(QUESTIONS)]
     for first in range(3):  # the same shapes, other prompts: nothing of the first call may stay
         rows = prompts[first : first + 2]
-        found = last_logits(compiled, {"input_ids": torch.tensor(rows)})
+        found = next_logits(compiled, {"input_ids": torch.tensor(rows)})
         for row, logits in zip(rows, found, strict=True):
             torch.testing.assert_close(logits, oracle.logits(row, [])[-1], **CLOSE)
     assert new_tokens(compiled, pair.batch(QUESTIONS)) == expected
     with model.disable_adapter():
-        plain = last_logits(pair.load_base(), {"input_ids": torch.tensor(prompts)})
-        torch.testing.assert_close(last_logits(compiled, {"input_ids": torch.tensor(prompts)}), plain)
+        plain = next_logits(pair.load_base(), {"input_ids": torch.tensor(prompts)})
+        torch.testing.assert_close(next_logits(compiled, {"input_ids": torch.tensor(prompts)}), plain)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -387,7 +382,7 @@ def test_a_pickled_model_answers_the_same(
 
 
 def test_a_pickled_model_holds_no_copy_of_the_assistant(pair: Pair, model: PeftModel) -> None:
-    last_logits(model, pair.batch(QUESTIONS))  # the assistant is loaded
+    next_logits(model, pair.batch(QUESTIONS))  # the assistant is loaded
     weights = sum(parameter.nbytes for parameter in model.parameters())
     reader = model.get_input_embeddings().softcot_reader["default"]
     tokenizer = len(pickle.dumps(reader.base_tokenizer))

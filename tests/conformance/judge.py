@@ -56,7 +56,7 @@ class Judge:
             embeds = self.base.get_input_embeddings()(ids)
             self.run(inputs_embeds=embeds + 1)  # refused where ids are found again by their embeddings
             return torch.allclose(self.run(input_ids=ids).logits, self.run(inputs_embeds=embeds).logits, atol=1e-5)
-        except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError):
+        except (AttributeError, RuntimeError, ValueError):  # CPM-Ant and DeepSeek V4, Gemma 4, BLT (transformers 5.23)
             return False
 
     def run(self, **arguments: Any) -> Any:
