@@ -4,14 +4,17 @@ The task is two-step arithmetic, worked from left to right::
 
     Q: twelve plus thirty four times five? A: 12+34=046;046*5=0230
 
-* The **base** model works out problems given in digits, be it as the question (``Q: 12+34*5?``)
-  or as a hint behind a question. It cannot read number words.
-* The **assistant** reads a question in words and writes the problem in digits
-  (``... five? A: 12+34*5``), also when it sees unk tokens in the place of its own output. So its
-  hidden states at unk tokens behind a question hold the digits, one at each position.
+The same problem can be put in four ways: in digits (``Q: 12+34*5?``), in words, with names that stand for numbers
+(``Q: anna plus cora times five?``), and with strangers, names of which neither model knows what they stand for.
 
-What is missing is a linear layer from those hidden states to the base model's embeddings. That
-layer is what SoftCoT trains. The models have different tokenizers and different hidden sizes.
+* The **base** works out problems given in digits, be it as the question or as a hint between question and answer. It
+  can read neither number words nor names.
+* The **assistant** reads a question in words or with names and writes the problem in digits, ``... five? A: 12+34*5``,
+  also when it sees unk tokens in the place of its own output. So its hidden states at unk tokens behind a question
+  hold the digits, one at each position. It cannot work anything out, and knows no strangers.
+
+What is missing is a linear layer from those hidden states to the base model's embeddings. That layer is what SoftCoT
+trains. The models have different tokenizers and different hidden sizes.
 
     python small_pair.py --out DIR [--seed 0]
 """
@@ -42,20 +45,32 @@ SMALL = [*UNITS, "ten", "eleven", "twelve", *TEENS]
 TENS = [f"{stem}ty" for stem in ("twen", "thir", "for", "fif", "six", "seven", "eigh", "nine")]
 OPERATORS = {"+": "plus", "-": "minus", "*": "times"}
 MARK = " A: "  # one token in both vocabularies; every response begins with it
+NAMES = {
+    kind: [start + end for start in starts for end in ("na", "lo", "mi", "ra")]
+    for kind, starts in {"names": ("an", "be", "co", "da", "ed"), "strangers": ("fi", "go", "ha", "ju", "ka")}.items()
+}
+# What each name stands for. Every kind of question has the same numbers or fewer, so that none is easier to work out.
+NUMBERS = {kind: random.Random(kind).sample(range(10, 100), len(names)) for kind, names in NAMES.items()}
+KINDS = ("digits", "words", *NAMES)
 
 Rows = list[list[int]]
 
 
-def in_words(expression: str) -> str:
-    """``12+34*5`` -> ``twelve plus thirty four times five``."""
+def number_word(n: int) -> str:
+    """34 -> ``thirty four``."""
+    if n < 20:
+        return SMALL[n - 1]
+    return TENS[n // 10 - 2] + (f" {SMALL[n % 10 - 1]}" if n % 10 else "")
 
-    def number(n: int) -> str:
-        if n < 20:
-            return SMALL[n - 1]
-        return TENS[n // 10 - 2] + (f" {SMALL[n % 10 - 1]}" if n % 10 else "")
 
-    a, b, c = (number(int(digits)) for digits in (expression[:2], expression[3:5], expression[6]))
-    return f"{a} {OPERATORS[expression[2]]} {b} {OPERATORS[expression[5]]} {c}"
+def put(expression: str, kind: str = "words") -> str:
+    """``12+34*5`` -> ``Q: twelve plus thirty four times five?``, or the same with names, or in digits."""
+    if kind == "digits":
+        return f"Q: {expression}?"
+    a, b, c = int(expression[:2]), int(expression[3:5]), number_word(int(expression[6]))
+    named = dict(zip(NUMBERS[kind], NAMES[kind], strict=True)) if kind in NAMES else {}
+    a, b = (named[n] if named else number_word(n) for n in (a, b))
+    return f"Q: {a} {OPERATORS[expression[2]]} {b} {OPERATORS[expression[5]]} {c}?"
 
 
 def work_out(expression: str) -> str:
@@ -66,13 +81,15 @@ def work_out(expression: str) -> str:
     return f"{expression[:5]}={first:03d};{first:03d}{expression[5:]}={second:04d}"
 
 
-def draw(rng: random.Random, held_out: bool = False) -> str:
+def draw(rng: random.Random, kind: str = "words", held_out: bool = False) -> str:
     """Draw a problem of seven characters, such as ``12+34*5``. No result is negative; half of them multiply.
 
-    A hash of the problem says whether it is one of the tenth that is held out from all training.
+    With names, only those numbers occur that have one. A hash of the problem says whether it is one of the tenth that
+    is held out from all training.
     """
+    numbers = NUMBERS.get(kind, range(10, 100))
     while True:
-        a, b, c = rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9)
+        a, b, c = rng.choice(numbers), rng.choice(numbers), rng.randint(2, 9)
         first, second = rng.choice("+-"), rng.choice("+-**")
         expression = f"{a}{first}{b}{second}{c}"
         negative = first == "-" and a - b < (c if second == "-" else 0)
@@ -80,18 +97,11 @@ def draw(rng: random.Random, held_out: bool = False) -> str:
             return expression
 
 
-def problems(count: int, seed: int, *, worded: bool = True, held_out: bool = False) -> list[dict[str, str]]:
-    """Draw problems, as dicts with ``prompt``, ``response`` and ``expression`` (the digits)."""
+def problems(count: int, seed: int, kind: str = "words", *, held_out: bool = False) -> list[dict[str, str]]:
+    """Draw problems of one of `KINDS`, as dicts with ``prompt``, ``response`` and ``expression`` (the digits)."""
     rng = random.Random(seed)
-    drawn = [draw(rng, held_out) for _ in range(count)]
-    return [
-        {
-            "prompt": f"Q: {in_words(expression) if worded else expression}?",
-            "response": MARK + work_out(expression),
-            "expression": expression,
-        }
-        for expression in drawn
-    ]
+    drawn = [draw(rng, kind, held_out) for _ in range(count)]
+    return [{"prompt": put(item, kind), "response": MARK + work_out(item), "expression": item} for item in drawn]
 
 
 def make_tokenizer(vocabulary: list[str], pad: str, unk: str, eos: str, others: list[str]) -> PreTrainedTokenizerFast:
@@ -116,7 +126,7 @@ def make_tokenizer(vocabulary: list[str], pad: str, unk: str, eos: str, others: 
 
 def make_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """The tokenizers of base and assistant. The base has a ``<thought>`` token to spare."""
-    words = [f" {word}" for word in [*SMALL, *TENS, *OPERATORS.values()]]
+    words = [f" {word}" for word in [*SMALL, *TENS, *OPERATORS.values(), *NAMES["names"], *NAMES["strangers"]]]
     shared = ["Q:", "?", MARK, " ", *"+-*0123456789", *words]
     special = ["<pad>", "<unk>", "</s>", "<thought>"]
     base = make_tokenizer([*special, *"=;", *shared], *special[:3], others=special[3:])
@@ -156,30 +166,34 @@ def collate(sources: Rows, targets: Rows, pad: int) -> tuple[torch.Tensor, torch
 
 
 def base_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: random.Random, hinted: float, size: int = 32
 ) -> dict[str, torch.Tensor]:
-    """Training examples for the base model: one in four is a problem in digits alone.
+    """Training examples for the base: problems in digits alone, and a share of `hinted` with hints.
 
-    In the others a hint in digits stands where soft thoughts will stand, behind a question in
-    words. That question is a *different problem* from the hint and the answer: reading words is
-    of no use to the base model, and so it never learns to.
+    There a hint in digits stands where soft thoughts will stand, behind a question in words or with names or,
+    in one of three, behind the mark that follows the question. That question is a *different problem* from the hint
+    and the answer: reading it is of no use to the base model, and so it never learns to.
 
-    Soft thoughts are only like a digit's embedding, and from a fresh linear layer they are much
-    larger. So hints get noise (up to 4 times the embeddings' spread) and are scaled (by 0.5 to
-    8); one in ten of their vectors, and often one more behind them, is noise alone.
+    Soft thoughts are only like a digit's embedding, and from a fresh linear layer they are much larger. So hints get
+    noise (up to 4 times the embeddings' spread) and are scaled (by 0.5 to 8); one in ten of their vectors is noise
+    alone, and so are those that often stand behind them: one in most cases, up to 25 in some, as with N = 32.
     """
     unk, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
     sources, targets, hints = [], [], []
     for _ in range(size):
         expression = draw(rng)
-        hinted = rng.random() < 0.75
-        prompt = tokenizer.encode(f"Q: {in_words(draw(rng)) if hinted else expression}?")
-        hint = tokenizer.encode(expression) if hinted else []
-        hint = [unk if rng.random() < 0.1 else token for token in hint]
-        hint += [unk] * (hinted and rng.random() < 0.5)
-        sources.append(prompt + hint)
-        targets.append([*tokenizer.encode(MARK + work_out(expression)), eos])
-        hints.append([0] * len(prompt) + [1] * len(hint))
+        prompt, hint, response = put(expression, "digits"), [], MARK + work_out(expression)
+        if rng.random() < hinted:
+            kind = rng.choice(KINDS[1:])
+            prompt = put(draw(rng, kind), kind)
+            if rng.random() < 1 / 3:
+                prompt, response = prompt + MARK, response.removeprefix(MARK)
+            hint = [unk if rng.random() < 0.1 else token for token in tokenizer.encode(expression)]
+            hint += [unk] * rng.choice([0, 0, 1, 1, rng.randint(0, 25)])
+        source = tokenizer.encode(prompt)
+        sources.append(source + hint)
+        targets.append([*tokenizer.encode(response), eos])
+        hints.append([0] * len(source) + [1] * len(hint))
     ids, labels = collate(sources, targets, tokenizer.pad_token_id)
     is_hint, _ = collate(hints, [[0] * len(target) for target in targets], 0)
     embeddings = model.get_input_embeddings()(ids)
@@ -192,10 +206,10 @@ def base_batch(
 
 
 def assistant_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 64) -> dict[str, torch.Tensor]:
-    """Training examples for the assistant; three in four hide its own output behind unk."""
-    drawn = [draw(rng) for _ in range(size)]
-    sources = [tokenizer.encode(f"Q: {in_words(expression)}?") for expression in drawn]
-    targets = [[*tokenizer.encode(MARK + item), tokenizer.eos_token_id] for item in drawn]
+    """Training examples for the assistant, in words and with names; three in four hide its own output behind unk."""
+    drawn = [(draw(rng, kind), kind) for kind in rng.choices(("words", "names"), k=size)]
+    sources = [tokenizer.encode(put(expression, kind)) for expression, kind in drawn]
+    targets = [[*tokenizer.encode(MARK + expression), tokenizer.eos_token_id] for expression, _ in drawn]
     ids, labels = collate(sources, targets, tokenizer.pad_token_id)
     hide = (torch.rand(size, 1) < 0.75) & (labels != -100)
     return {"input_ids": ids.masked_fill(hide, tokenizer.unk_token_id), "labels": labels}
@@ -229,47 +243,58 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
+def load_or_make_assistant(folder: Path, width: int = 64, seed: int = 0) -> Path:
+    """The folder of an assistant; it is trained if it is not there yet."""
+    if not (folder / "config.json").exists():
+        rng, tokenizer = random.Random(seed), make_tokenizers()[1]
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, width)
+        fit(model, lambda: assistant_batch(tokenizer, rng), 1500, 3e-3, "assistant")
+        save(model, tokenizer, folder)
+    return folder
+
+
+def load_or_make_base(folder: Path, hinted: float = 0.75, seed: int = 0) -> Path:
+    """The folder of a base, a share of whose training examples have a hint; it is trained if it is not there yet."""
+    if not (folder / "config.json").exists():
+        rng, tokenizer = random.Random(seed), make_tokenizers()[0]
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, width=128)
+        fit(model, lambda: base_batch(model, tokenizer, rng, hinted), 3500, 3e-3, "base")
+        save(model, tokenizer, folder)
+    return folder
+
+
 def load_or_make(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
     """The folders of base and assistant; the pair is trained if it is not there yet."""
-    base, assistant = Path(folder) / "base", Path(folder) / "assistant"
-    base_tokenizer, assistant_tokenizer = make_tokenizers()
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    if not (assistant / "config.json").exists():
-        model = make_model(assistant_tokenizer, width=64)
-        fit(model, lambda: assistant_batch(assistant_tokenizer, rng), 1000, 3e-3, "assistant")
-        save(model, assistant_tokenizer, assistant)
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    if not (base / "config.json").exists():
-        model = make_model(base_tokenizer, width=128)
-        fit(model, lambda: base_batch(model, base_tokenizer, rng), 3500, 3e-3, "base model")
-        save(model, base_tokenizer, base)
-    return base, assistant
+    assistant = load_or_make_assistant(Path(folder) / "assistant", seed=seed)
+    return load_or_make_base(Path(folder) / "base", seed=seed), assistant
 
 
 @torch.no_grad()
-def share_solved(folder: Path, examples: list[dict[str, str]]) -> float:
-    """The share of exactly right greedy answers that the saved base model gives on its own."""
+def share_solved(folder: Path, examples: list[dict[str, str]], answer: str = "response") -> float:
+    """The share of exactly right greedy answers that a saved model gives on its own."""
     model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, AutoTokenizer))
-    prompts = [example["prompt"] for example in examples]
-    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    inputs = tokenizer([example["prompt"] for example in examples], padding=True, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    answers = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    pairs = zip(answers, examples, strict=True)
-    return sum(answer == example["response"] for answer, example in pairs) / len(examples)
+    written = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    pairs = zip(written, examples, strict=True)
+    return sum(text.removeprefix(MARK) == example[answer].removeprefix(MARK) for text, example in pairs) / len(
+        examples
+    )
 
 
 def main() -> None:
-    """Make the pair, and say what its base can do alone."""
+    """Make the pair, and say what each model can do alone: work problems out, or write them in digits."""
     parser = argparse.ArgumentParser(description="Make the small pair of models.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    base, _ = load_or_make(args.out, args.seed)
-    for worded in (False, True):
-        share = share_solved(base, problems(400, seed=1, worded=worded, held_out=True))
-        print(f"base alone on problems in {'words' if worded else 'digits'}: {share:.1%}")
+    base, assistant = load_or_make(args.out, args.seed)
+    for kind in KINDS:
+        examples = problems(400, seed=1, kind=kind, held_out=True)
+        solved, read = share_solved(base, examples), share_solved(assistant, examples, "expression")
+        print(f"{kind}: base alone solves {solved:.1%}, assistant reads {read:.1%}")
 
 
 if __name__ == "__main__":

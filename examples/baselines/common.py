@@ -144,6 +144,15 @@ class Baseline:
         }
 
     @torch.no_grad()
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Mean negative log-likelihood of a response token, in nats; every batch of 100 counts the same."""
+        rows = self.rows(examples)
+        device = next(self.model.parameters()).device
+        batches = [self.collate(rows[start : start + 100]) for start in range(0, len(rows), 100)]
+        losses = [self.model(**{name: value.to(device) for name, value in batch.items()})["loss"] for batch in batches]
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
     def answer(self, prompts: Sequence[str], **generation: Any) -> list[str]:
         """What the system writes after each prompt, in batches of 100, greedy unless told otherwise.
 

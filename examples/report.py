@@ -1,0 +1,106 @@
+r"""Run every experiment on the small pair and write `docs/results.md` with its figures; `make report` calls it.
+
+    python examples/report.py [--output-dir runs/report] [--docs docs]
+
+Two processes with one thread each do the jobs, on as many cores as there are. Each job leaves a file, so that a report
+that was stopped or killed goes on where it was; results of another state of the code are never taken. `--steps` and
+`--asked` make a small report, to try it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from results.jobs import RATES, Job, Run, experiments, makings, tuning
+from results.page import write
+from results.store import Store, fingerprint
+from results.work import Sizes, perform
+from small_pair import load_or_make
+from tqdm import tqdm
+from transformers.utils import logging
+
+HERE = Path(__file__).parent
+Rates = dict[str, float]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Run every experiment on the small pair and write the results.")
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("runs/report"), help="what is done is kept here")
+    add("--docs", type=Path, default=HERE.parent / "docs", help="results.md and its figures are written here")
+    add("--pair", type=Path, default=HERE / "pair", help="folder of the pair; made if missing")
+    add("--processes", type=int, default=os.cpu_count(), help="jobs at a time, each on one core")
+    add("--steps", type=int, default=Sizes.steps, help="training steps of each system")
+    add("--asked", type=int, default=Sizes.asked, help="held-out problems of each kind")
+    return parser.parse_args(argv)
+
+
+def sources(pair: Path) -> list[Path]:
+    """The files that a result depends on."""
+    code = [*HERE.glob("baselines/*.py"), HERE / "controls.py", HERE / "small_pair.py", HERE / "results" / "work.py"]
+    return [*code, *(HERE.parent / "softcot_peft").glob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
+
+
+def prepare() -> None:
+    """Set a worker up: one thread, and no bars but the report's."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: ProcessPoolExecutor, what: str) -> None:
+    """Do those jobs that are not done yet, and keep each result as soon as it is there."""
+    missing = [job for job in jobs if job not in store]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=what, unit="job", smoothing=0.1) as bar:
+        running = {pool.submit(perform, job, sizes, pair, store.folder): job for job in missing}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                store[job] = future.result()
+                bar.set_postfix_str(job.name, refresh=False)
+                bar.update()
+
+
+def best_rates(store: Store) -> Rates:
+    """For each trained system the rate with the most right answers, of equals the one with the least loss."""
+    runs = [job for job in tuning() if isinstance(job, Run)]
+    return {
+        system: max(
+            (job for job in runs if job.system == system),
+            key=lambda job: (sum(store[job]["right"]), -store[job]["loss"]),
+        ).learning_rate
+        for system in RATES
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do all jobs, then write the page."""
+    args, began = parse_args(argv), time.monotonic()
+    load_or_make(args.pair)
+    sizes = Sizes(steps=args.steps, asked=args.asked)
+    store = Store(args.output_dir / f"{fingerprint(sources(args.pair))}-{sizes.steps}-{sizes.asked}")
+    os.environ["TQDM_DISABLE"] = "1"  # in the workers, which read it when they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, prepare) as pool:
+        try:
+            do([*makings(), *tuning()], store, sizes, args.pair, pool, "models and learning rates")
+            rates = best_rates(store)
+            do(experiments(rates), store, sizes, args.pair, pool, "experiments")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    write(store, rates, sizes, args.docs)
+    print(f"{args.docs / 'results.md'} is written. {(time.monotonic() - began) / 60:.0f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""How one job is done: from its description to figures that JSON can hold. It knows nothing of other jobs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import AssistCoT, Baseline, Coconut, CotUnk, Lora, PromptTuning, SoftCoT, TrainedPlaceholders, ZeroShot
+from controls import (
+    CONTROLS,
+    attention_to_thoughts,
+    average_thoughts,
+    controlled,
+    nearest_tokens,
+    norms,
+    similarity,
+    thoughts_of,
+)
+from small_pair import KINDS, MARK, load_or_make_assistant, load_or_make_base, problems, share_solved
+from transformers import set_seed
+
+from softcot_peft import with_thought_tokens
+
+from .jobs import NUMBERS, Job, Making, Run
+
+Result = dict[str, Any]
+Examples = list[dict[str, str]]
+THOUGHT = "<thought>"
+# In a chat the mark is the generation prompt, so that the end of the user turn and of the prompt are two places.
+CHAT = (
+    "{% for turn in messages %}{{ turn['content'] }}{% endfor %}{% if add_generation_prompt %}" + MARK + "{% endif %}"
+)
+SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done; tests do less."""
+
+    steps: int = 600
+    batch: int = 16
+    asked: int = 400  # held-out problems
+    sampled: int = 200  # of them, each asked `SAMPLES` times at temperature 1
+    seen: int = 40  # of them, whose thoughts are looked at
+
+
+def perform(job: Job, sizes: Sizes, pair: Path, made: Path) -> Result:
+    """Do a job.
+
+    Args:
+        job: What to do.
+        sizes: How much of it.
+        pair: Folder of the small pair.
+        made: Folder of the models that jobs make, each in a folder of its job's name.
+    """
+    return make(job, sizes, made / job.name) if isinstance(job, Making) else run(job, sizes, pair, made)
+
+
+def make(job: Making, sizes: Sizes, folder: Path) -> Result:
+    """Train a model, and see what it can do alone."""
+    if job.what == "base":
+        load_or_make_base(folder, hinted=0.0)
+    else:
+        load_or_make_assistant(folder, job.width)
+    wanted = "response" if job.what == "base" else "expression"
+    asked = {kind: problems(sizes.asked, seed=1, kind=kind, held_out=True) for kind in KINDS}
+    return {"alone": {kind: share_solved(folder, examples, wanted) for kind, examples in asked.items()}}
+
+
+def run(job: Run, sizes: Sizes, pair: Path, made: Path) -> Result:
+    """Train a system and ask it."""
+    system = build(job, pair, made)
+    training = problems(sizes.steps * sizes.batch, job.seed, job.kind)
+    own = problems(sizes.asked, 1000 + job.seed, job.kind, held_out=True)
+    digits = problems(sizes.asked, 2000 + job.seed, "digits", held_out=True)
+    if job.place:
+        training, own, digits = (as_chats(examples, system, job) for examples in (training, own, digits))
+    began = time.monotonic()
+    system.fit(training, sizes.steps, job.seed)
+    result: Result = {"seconds": time.monotonic() - began, "trained_parameters": system.trained_parameters}
+    result["loss"] = system.loss(own)
+    result["right"], result["tokens"] = ask(system, own)
+    for what in job.asks:
+        result[what] = ASKS[what](system, own, digits, sizes, job)
+    return result
+
+
+def build(job: Run, pair: Path, made: Path) -> Baseline:
+    """The system of a run, untrained."""
+    base = pair / "base" if job.hinted else made / Making("base").name
+    assistant = pair / "assistant" if job.width == 64 else made / Making("assistant", job.width).name
+    number, rate = job.thoughts, {"learning_rate": job.learning_rate}
+    marked = {"thought_token": THOUGHT, "placement": "thought_token"} if job.place == "user_turn" else {}
+    builders = {
+        "zero-shot": lambda: ZeroShot(base),
+        "CoT-Unk": lambda: CotUnk(base, number),
+        "Assist-CoT": lambda: AssistCoT(base, assistant, put=lambda prompt, hint: prompt + hint.removeprefix(MARK)),
+        "prompt tuning": lambda: PromptTuning(base, number, **rate),
+        "trained placeholders": lambda: TrainedPlaceholders(base, number, **rate),
+        "LoRA": lambda: Lora(base, **rate),
+        "Coconut": lambda: Coconut(base, stages=(2, 4, number), **rate),
+        "SoftCoT": lambda: SoftCoT(base, assistant, number, marked, **rate),
+    }
+    return builders[job.system]()
+
+
+def as_chats(examples: Examples, system: Baseline, job: Run) -> Examples:
+    """Each problem as a user's turn, with the run of thought tokens at its end if that is the place."""
+    tokenizer = system.tokenizer
+    tokenizer.chat_template = CHAT
+    if job.place == "user_turn":
+        tokenizer = with_thought_tokens(tokenizer, system.config, "user_turn")
+    turns = [[{"role": "user", "content": example["prompt"]}] for example in examples]
+    prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return [
+        example | {"prompt": prompt, "response": example["response"].removeprefix(MARK)}
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+
+
+def ask(system: Baseline, examples: Examples, **generation: Any) -> tuple[list[int], float]:
+    """Which answers are right to the last character, 1 or 0 each, and the tokens written for an answer."""
+    before = system.generated_tokens
+    answers = system.answer([example["prompt"] for example in examples], **generation)
+    right = [int(text == example["response"]) for text, example in zip(answers, examples, strict=True)]
+    return right, (system.generated_tokens - before) / len(examples)
+
+
+def on_digits(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """What became of the base's own skill: with the system, and with its adapter disabled where it has one."""
+    found: Result = {"right": ask(system, digits)[0]}
+    if isinstance(system, SoftCoT):
+        prompts = [example["prompt"].replace(THOUGHT, "") for example in digits]
+        before = ZeroShot(system.base).answer(prompts)
+        with system.model.disable_adapter():
+            after = system.answer(prompts)
+        found["same_when_disabled"] = [int(a == b) for a, b in zip(after, before, strict=True)]
+    return found
+
+
+def samples(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """Final results of sampled answers, by problem and sample; what stands behind the last equals sign."""
+    asked = own[: sizes.sampled]
+    drawn = []
+    for sample in range(SAMPLES):
+        set_seed(SAMPLES * job.seed + sample)
+        drawn.append(system.answer([item["prompt"] for item in asked], do_sample=True, temperature=1.0, top_k=0))
+    finals = [[text.rpartition("=")[2] for text in texts] for texts in zip(*drawn, strict=True)]
+    return {"finals": finals, "wanted": [item["response"].rpartition("=")[2] for item in asked]}
+
+
+def in_controls(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """Which answers are right with the thoughts changed, by control."""
+    prompts = [example["prompt"] for example in problems(sizes.sampled, job.seed, job.kind)]
+    average = average_thoughts(system.model, system.tokenizer, prompts)
+    right = {}
+    for control in CONTROLS:
+        with controlled(system.model, control, average, job.seed):
+            right[control] = ask(system, own)[0]
+    return right
+
+
+def by_number(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """Which answers are right with other numbers of thoughts than in training, by number."""
+    config = system.model.peft_config["default"]
+    right = {}
+    for number in NUMBERS:
+        config.inference_num_thought_tokens = number
+        right[str(number)] = ask(system, own)[0]
+    config.inference_num_thought_tokens = None
+    return right
+
+
+def diagnostics(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """What the thoughts are like: similarity across questions, lengths, nearest tokens."""
+    model, tokenizer, seen = system.model, system.tokenizer, own[: sizes.seen]
+    thoughts = thoughts_of(model, tokenizer, [item["prompt"] for item in seen])
+    nearest = nearest_tokens(model, tokenizer, thoughts, count=1)
+    read = ["".join(ranked[0] for ranked in question[: len(seen[0]["expression"])]) for question in nearest]
+    return {
+        "similarity": similarity(thoughts).tolist(),
+        "norms": norms(model, thoughts),
+        "nearest": [
+            {"question": item["prompt"], "tokens": [ranked[0] for ranked in question]}
+            for item, question in zip(seen, nearest, strict=True)
+        ],
+        "wanted": [item["expression"] for item in seen],
+        "read": read,
+    }
+
+
+def attention(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """Attention that each token after the thoughts pays to them, by layer; mean over questions."""
+    system.model.get_base_model().set_attn_implementation("eager")
+    tokenizer = system.tokenizer
+    run_id = tokenizer.convert_tokens_to_ids(THOUGHT)
+    paid = []
+    for item in own[: sizes.seen]:
+        ids = tokenizer(item["prompt"] + item["response"], return_tensors="pt")["input_ids"]
+        paid.append(attention_to_thoughts(system.model, ids, run_id))
+    system.model.get_base_model().set_attn_implementation("sdpa")
+    return {"tokens": tokenizer.tokenize(MARK + own[0]["response"]), "share": torch.stack(paid).mean(0).tolist()}
+
+
+ASKS = {
+    "digits": on_digits,
+    "samples": samples,
+    "controls": in_controls,
+    "numbers": by_number,
+    "diagnostics": diagnostics,
+    "attention": attention,
+}
