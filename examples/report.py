@@ -3,8 +3,8 @@ r"""Run every experiment on the small pair and write `docs/results.md` with its 
     python examples/report.py [--output-dir runs/report] [--docs docs]
 
 Two processes with one thread each do the jobs, on as many cores as there are. Each job leaves a file, so that a report
-that was stopped or killed goes on where it was; results of another state of the code are never taken. `--steps` and
-`--asked` make a small report, to try it.
+that was stopped or killed goes on where it was; results of another state of the code are never taken. `--small` does
+next to nothing of everything, to try it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from results.jobs import RATES, Job, Run, experiments, makings, tuning
 from results.page import write
 from results.store import Store, fingerprint
-from results.work import Sizes, perform
+from results.work import SMALL, Sizes, perform
 from small_pair import load_or_make
 from tqdm import tqdm
 from transformers.utils import logging
@@ -35,11 +35,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run every experiment on the small pair and write the results.")
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("runs/report"), help="what is done is kept here")
-    add("--docs", type=Path, default=HERE.parent / "docs", help="results.md and its figures are written here")
+    add("--docs", type=Path, default=HERE.parent / "docs", help="folder of results.md and its figures")
     add("--pair", type=Path, default=HERE / "pair", help="folder of the pair; made if missing")
     add("--processes", type=int, default=os.cpu_count(), help="jobs at a time, each on one core")
-    add("--steps", type=int, default=Sizes.steps, help="training steps of each system")
-    add("--asked", type=int, default=Sizes.asked, help="held-out problems of each kind")
+    add("--small", action="store_true", help="a few steps and problems; its numbers say nothing")
     return parser.parse_args(argv)
 
 
@@ -64,6 +63,8 @@ def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: Proces
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
+                if future.exception() is not None:
+                    raise RuntimeError(f"The job {job.name!r} failed.") from future.exception()
                 store[job] = future.result()
                 bar.set_postfix_str(job.name, refresh=False)
                 bar.update()
@@ -85,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Do all jobs, then write the page."""
     args, began = parse_args(argv), time.monotonic()
     load_or_make(args.pair)
-    sizes = Sizes(steps=args.steps, asked=args.asked)
-    store = Store(args.output_dir / f"{fingerprint(sources(args.pair))}-{sizes.steps}-{sizes.asked}")
+    sizes = SMALL if args.small else Sizes()
+    store = Store(args.output_dir / (fingerprint(sources(args.pair)) + "-small" * args.small))
     os.environ["TQDM_DISABLE"] = "1"  # in the workers, which read it when they start
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")

@@ -243,24 +243,24 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
-def load_or_make_assistant(folder: Path, width: int = 64, seed: int = 0) -> Path:
+def load_or_make_assistant(folder: Path, width: int = 64, seed: int = 0, steps: int = 1500) -> Path:
     """The folder of an assistant; it is trained if it is not there yet."""
     if not (folder / "config.json").exists():
         rng, tokenizer = random.Random(seed), make_tokenizers()[1]
         torch.manual_seed(seed)
         model = make_model(tokenizer, width)
-        fit(model, lambda: assistant_batch(tokenizer, rng), 1500, 3e-3, "assistant")
+        fit(model, lambda: assistant_batch(tokenizer, rng), steps, 3e-3, "assistant")
         save(model, tokenizer, folder)
     return folder
 
 
-def load_or_make_base(folder: Path, hinted: float = 0.75, seed: int = 0) -> Path:
+def load_or_make_base(folder: Path, hinted: float = 0.75, seed: int = 0, steps: int = 3500) -> Path:
     """The folder of a base, a share of whose training examples have a hint; it is trained if it is not there yet."""
     if not (folder / "config.json").exists():
         rng, tokenizer = random.Random(seed), make_tokenizers()[0]
         torch.manual_seed(seed)
         model = make_model(tokenizer, width=128)
-        fit(model, lambda: base_batch(model, tokenizer, rng, hinted), 3500, 3e-3, "base")
+        fit(model, lambda: base_batch(model, tokenizer, rng, hinted), steps, 3e-3, "base")
         save(model, tokenizer, folder)
     return folder
 

@@ -45,6 +45,11 @@ class Sizes:
     asked: int = 400  # held-out problems
     sampled: int = 200  # of them, each asked `SAMPLES` times at temperature 1
     seen: int = 40  # of them, whose thoughts are looked at
+    base_steps: int = 3500
+    assistant_steps: int = 1500
+
+
+SMALL = Sizes(steps=2, batch=2, asked=4, sampled=3, seen=2, base_steps=40, assistant_steps=40)  # to try it
 
 
 def perform(job: Job, sizes: Sizes, pair: Path, made: Path) -> Result:
@@ -62,9 +67,9 @@ def perform(job: Job, sizes: Sizes, pair: Path, made: Path) -> Result:
 def make(job: Making, sizes: Sizes, folder: Path) -> Result:
     """Train a model, and see what it can do alone."""
     if job.what == "base":
-        load_or_make_base(folder, hinted=0.0)
+        load_or_make_base(folder, hinted=0.0, steps=sizes.base_steps)
     else:
-        load_or_make_assistant(folder, job.width)
+        load_or_make_assistant(folder, job.width, steps=sizes.assistant_steps)
     wanted = "response" if job.what == "base" else "expression"
     asked = {kind: problems(sizes.asked, seed=1, kind=kind, held_out=True) for kind in KINDS}
     return {"alone": {kind: share_solved(folder, examples, wanted) for kind, examples in asked.items()}}
@@ -178,17 +183,14 @@ def diagnostics(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, 
     """What the thoughts are like: similarity across questions, lengths, nearest tokens."""
     model, tokenizer, seen = system.model, system.tokenizer, own[: sizes.seen]
     thoughts = thoughts_of(model, tokenizer, [item["prompt"] for item in seen])
-    nearest = nearest_tokens(model, tokenizer, thoughts, count=1)
-    read = ["".join(ranked[0] for ranked in question[: len(seen[0]["expression"])]) for question in nearest]
+    ranked = nearest_tokens(model, tokenizer, thoughts, count=1)
+    nearest = [[tokens[0] for tokens in question] for question in ranked]
     return {
         "similarity": similarity(thoughts).tolist(),
         "norms": norms(model, thoughts),
-        "nearest": [
-            {"question": item["prompt"], "tokens": [ranked[0] for ranked in question]}
-            for item, question in zip(seen, nearest, strict=True)
-        ],
-        "wanted": [item["expression"] for item in seen],
-        "read": read,
+        "questions": [item["prompt"] for item in seen],
+        "nearest": nearest,
+        "wanted": [list(item["expression"]) for item in seen],
     }
 
 

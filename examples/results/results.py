@@ -1,0 +1,57 @@
+"""What all runs found, looked up by what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from statistics import median
+from typing import Any
+
+from .jobs import Run, experiments
+from .statistics import Share, share, votes
+from .store import Store
+
+PLAIN = {"kind": "words", "thoughts": 8, "width": 64, "hinted": True, "place": ""}  # a run's defaults
+
+
+class Results:
+    """What the runs found, over seeds.
+
+    Args:
+        store: Holds all of `experiments(rates)`.
+        rates: Learning rate of each trained system.
+    """
+
+    def __init__(self, store: Store, rates: Mapping[str, float]) -> None:
+        self.store = store
+        self.rates = rates
+        self.runs = [job for job in experiments(dict(rates)) if isinstance(job, Run)]
+
+    def found(self, *path: str, **wanted: Any) -> list[Any]:
+        """What stands at a path of keys in the results of certain runs, in the order of seeds.
+
+        Args:
+            *path: Such as `"controls", "zero vectors"`.
+            **wanted: Fields of `Run`; those that are not given have its defaults.
+
+        Raises:
+            KeyError: No run has these fields.
+        """
+        values = PLAIN | wanted
+        runs = [run for run in self.runs if all(getattr(run, name) == value for name, value in values.items())]
+        if not runs:
+            raise KeyError(f"No run has {values}.")
+        return [reduce(lambda value, key: value[key], path, self.store[run]) for run in runs]
+
+    def share(self, *path: str, **wanted: Any) -> Share:
+        """The share of right answers; without a path, on problems of the run's own kind."""
+        return share(self.found(*(path or ("right",)), **wanted))
+
+    def vote(self, samples: int, **wanted: Any) -> Share:
+        """The share of problems whose most frequent result of so many samples is right."""
+        drawn = self.found("samples", **wanted)
+        return share([votes(each["finals"], each["wanted"], samples) for each in drawn])
+
+    def median(self, *path: str, **wanted: Any) -> float:
+        """The median over seeds of one number."""
+        return median(self.found(*path, **wanted))

@@ -1,0 +1,267 @@
+"""The sections of `docs/results.md`: every number in them, and every sentence that depends on one, comes from runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+
+from controls import CONTROLS
+from small_pair import make_model, make_tokenizers
+
+from .figures import Draw, bars, heat, lines, maps, scatter
+from .jobs import ASKED_BY_SAMPLING, NUMBERS, PLACES, RATES, SEEDS, UNTRAINED, WIDTHS, Making, tuning
+from .results import Results
+from .statistics import Share
+from .work import SAMPLES, Sizes
+
+SYSTEMS = (*UNTRAINED, *RATES)
+KINDS = ("words", "names", "strangers")
+VOTERS = (1, 2, 3, 5, SAMPLES)
+
+
+@dataclass
+class Section:
+    """A heading, text, and figures by file name, each with its drawing, its size in inches and what it shows."""
+
+    title: str
+    text: str
+    figures: dict[str, tuple[Draw, tuple[float, float], str]] = field(default_factory=dict)
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def better(shares: Mapping[str, Share], than: str) -> list[str]:
+    """Names, with their shares, whose whole interval lies above the other's."""
+    return [f"{name} ({each})" for name, each in shares.items() if each.low > shares[than].high]
+
+
+def accuracy(results: Results, sizes: Sizes) -> Section:
+    """Every system on every kind of problems."""
+    found = {kind: {system: results.share(system=system, kind=kind) for system in SYSTEMS} for kind in KINDS}
+    rows = [
+        [
+            system,
+            *(found[kind][system] for kind in KINDS),
+            f"{results.median('trained_parameters', system=system):,}",
+            f"{results.median('seconds', system=system):.0f}" if system in RATES else "0",
+            f"{results.rates[system]:g}" if system in RATES else "",
+            f"{results.median('tokens', system=system):.1f}",
+        ]
+        for system in SYSTEMS
+    ]
+    losses = [f"- {kind}: {', '.join(better(found[kind], 'SoftCoT')) or 'nothing'}." for kind in KINDS]
+    head = ["system", *KINDS, "trained parameters", "training, s", "learning rate", "tokens written"]
+    text = f"""{table(head, rows)}
+Right to the last character, %, mean over {len(SEEDS)} seeds with {sizes.asked} held-out problems each, and the 95 %
+interval. {sizes.steps} steps of {sizes.batch} problems for every trained system. Tokens written for an answer, the
+assistant's hint among them; training time with one thread, the median over seeds.
+
+**Where SoftCoT loses** here, with the other's whole interval above its own:
+
+{chr(10).join(losses)}
+
+The assistant can read words and names; what strangers stand for, nobody knows before training. Systems that train the
+base itself can learn it; a projection can pass on only what the assistant's hidden states hold. Assist-CoT writes out
+what the assistant knows and needs no training, because this base was trained to use hints in digits.
+"""
+    return Section("Accuracy by system", text, {"accuracy": (bars(found), (9, 3), "Right answers by system")})
+
+
+def forgetting(results: Results, sizes: Sizes) -> Section:
+    """What became of the base's own skill."""
+    before = results.share("digits", "right", system="zero-shot")
+    after = {s: {k: results.share("digits", "right", system=s, kind=k) for k in KINDS} for s in RATES}
+    same = [
+        sum(run)
+        for kind in KINDS
+        for run in results.found("digits", "same_when_disabled", system="SoftCoT", kind=kind)
+    ]
+    asked = sizes.asked * len(same)
+    points = {s: (results.share(system=s), after[s]["words"]) for s in RATES}
+    points["base alone"] = (results.share(system="zero-shot"), before)
+    rows = [["base alone", before, before, before], *([s, *after[s].values()] for s in RATES)]
+    text = f"""Problems in digits, which the base solves alone, with the system on that was trained on others:
+
+{table(["system, enabled", *(f"after {kind}" for kind in KINDS)], rows)}
+With SoftCoT's adapter **disabled**, {sum(same):,} of {asked:,} answers are the base's own, to the last
+character. With the adapter enabled the base reads thoughts of an assistant that never saw such a problem.
+"""
+    drawn = scatter(points, "new skill: number words, %", "own skill with the system on: digits, %")
+    return Section(
+        "What happens to the base's own skill",
+        text,
+        {"forgetting": (drawn, (6.5, 3.6), "New skill against own skill")},
+    )
+
+
+def controls(results: Results, sizes: Sizes) -> Section:
+    """SoftCoT with its thoughts changed."""
+    found = {kind: {c: results.share("controls", c, system="SoftCoT", kind=kind) for c in CONTROLS} for kind in KINDS}
+    rows = [[control, *(found[kind][control] for kind in KINDS)] for control in CONTROLS]
+    text = f"""The trained adapters again, with nothing changed but the vectors that the base reads:
+
+{table(["thoughts", *KINDS], rows)}
+*No thoughts*: the adapter disabled. *Another question's*: those of the next problem. *Random projection*: of the
+assistant's hidden states by a fresh layer. *Average*: the mean over {sizes.sampled} training problems.
+"""
+    return Section("Controls", text, {"controls": (bars(found), (9, 2.6), "Right answers with thoughts changed")})
+
+
+def numbers(results: Results, sizes: Sizes) -> Section:
+    """Training N against inference N."""
+    grid = [
+        [results.share("numbers", str(n), system="SoftCoT", thoughts=trained) for n in NUMBERS] for trained in NUMBERS
+    ]
+    rows = [[f"**{trained}**", *line] for trained, line in zip(NUMBERS, grid, strict=True)]
+    text = f"""{table(["N in training, down; N in inference, across", *NUMBERS], rows)}
+A problem has seven digits and signs, and the assistant holds one at each position: fewer thoughts cannot carry all.
+Adapters are trained and asked with every N; a single trained layer serves any number.
+"""
+    drawn = heat([[100 * s.mean for s in line] for line in grid], NUMBERS, NUMBERS, "N in training", "N in inference")
+    return Section("Number of thoughts", text, {"numbers": (drawn, (5.5, 3.6), "Right answers by N")})
+
+
+def self_consistency(results: Results, sizes: Sizes) -> Section:
+    """One to ten sampled answers and a vote."""
+    found = {s: {k: results.vote(k, system=s) for k in range(1, SAMPLES + 1)} for s in ASKED_BY_SAMPLING}
+    rows = [[system, *(found[system][k] for k in VOTERS)] for system in ASKED_BY_SAMPLING]
+    text = f"""{sizes.sampled} problems in number words for each seed, sampled at temperature 1. The most frequent
+final result of the first k samples counts:
+
+{table(["system", *(f"k = {k}" for k in VOTERS)], rows)}"""
+    drawn = lines(found, "samples that vote")
+    return Section(
+        "Self-consistency", text, {"self_consistency": (drawn, (7, 3.2), "Right answers by number of samples")}
+    )
+
+
+def placement(results: Results, sizes: Sizes) -> Section:
+    """Thoughts at the end of the user turn, or behind the generation prompt."""
+    rows = [
+        [
+            name,
+            results.share(system="SoftCoT", place=place),
+            results.share("digits", "right", system="SoftCoT", place=place),
+        ]
+        for place, name in zip(
+            PLACES, ("end of the user turn", "prompt's end, behind the generation prompt"), strict=True
+        )
+    ]
+    text = f"""The same problems as chats, whose generation prompt is the mark ` A: `:
+
+{table(["thoughts stand at the", "number words", "digits, adapter enabled"], rows)}
+The base has seen hints in both places, twice as often in the first."""
+    return Section("Placement", text)
+
+
+def assistant_size(results: Results, sizes: Sizes) -> Section:
+    """Assistants of three widths."""
+    tokenizer = make_tokenizers()[1]
+    parameters = {width: make_model(tokenizer, width).num_parameters() for width in WIDTHS}
+    found = {
+        f"{system}, {kind}": {
+            parameters[width]: results.share(system=system, kind=kind, width=width) for width in WIDTHS
+        }
+        for kind in ("words", "names")
+        for system in ("SoftCoT", "Assist-CoT")
+    }
+    head = ["", *(f"{parameters[width]:,} parameters, width {width}" for width in WIDTHS)]
+    text = table(head, [[name, *shares.values()] for name, shares in found.items()])
+    drawn = lines(found, "parameters of the assistant", logarithmic=True)
+    return Section("Assistant size", text, {"assistant_size": (drawn, (7, 3.2), "Right answers by assistant size")})
+
+
+def without_hints(results: Results, sizes: Sizes) -> Section:
+    """A base that was never trained to use a hint."""
+    alone = results.store[Making("base")]["alone"]
+    systems = ("zero-shot", "Assist-CoT", "prompt tuning", "LoRA", "SoftCoT")
+    rows = [
+        [
+            system,
+            results.share(system=system),
+            results.share(system=system, hinted=False),
+            results.share("digits", "right", system=system, hinted=False),
+        ]
+        for system in systems
+    ]
+    text = f"""The same on a base that has never seen anything between question and answer, and solves
+{alone["digits"]:.1%} of the problems in digits alone.
+
+{table(["system", "words, base with hints", "words, base without", "digits, base without, system on"], rows)}
+Soft thoughts, like a hint in text, steer what a base can already use."""
+    return Section("A base that never saw a hint", text)
+
+
+def thoughts(results: Results, sizes: Sizes) -> Section:
+    """What the vectors are like."""
+    seen = {kind: results.found("diagnostics", system="SoftCoT", kind=kind) for kind in KINDS}
+    rows = []
+    for kind, found in seen.items():
+        alike = [mean_off_diagonal(each["similarity"]) for each in found]
+        ratios = [each["norms"]["ratio"] for each in found]
+        pairs = [pair for each in found for pair in zip(each["nearest"], each["wanted"], strict=True)]
+        read = [token == digit for tokens, digits in pairs for token, digit in zip(tokens, digits, strict=False)]
+        rows.append([kind, f"{mean(alike):.2f}", f"{mean(ratios):.1f}", f"{mean(read):.1%}"])
+    first = seen["words"][0]
+    shown = [
+        [question, " ".join(tokens)] for question, tokens in zip(first["questions"], first["nearest"], strict=True)
+    ]
+    paid = results.found("attention", system="SoftCoT", place="user_turn")
+    layers = [mean(share for each in paid for share in each["share"][layer]) for layer in range(len(paid[0]["share"]))]
+    head = ["trained on", "cosine across questions", "length, in token embeddings", "nearest token is the problem's"]
+    text = f"""{table(head, rows)}
+Cosine: of thoughts at the same position for two questions, the mean over {sizes.seen} problems; 1 would be a collapse.
+Length: the median of the thoughts' norms over that of the base's token embeddings. Last: how often the token whose
+embedding points most nearly the way of a thought is the digit or sign that the problem has in this place.
+
+The nearest tokens of the first problems' thoughts, seed {SEEDS[0]}:
+
+{table(["question", "nearest tokens"], shown[:5])}
+Of its attention a token of the answer pays the thoughts {", ".join(f"{each:.0%}" for each in layers)}, from the first
+layer to the last.
+"""
+    drawn = maps({kind: found[0]["similarity"] for kind, found in seen.items()}, "cosine", "question", "question")
+    return Section("What the thoughts are like", text, {"similarity": (drawn, (9, 3.2), "Similarity of thoughts")})
+
+
+def mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
+    """The mean of a square matrix without its diagonal."""
+    return mean(value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j)
+
+
+def rates(results: Results, sizes: Sizes) -> Section:
+    """Which learning rates were tried."""
+    tried = [(job, results.store[job]) for job in tuning()]
+    rows = [
+        [
+            job.system,
+            f"{job.learning_rate:g}" + (" **chosen**" if results.rates[job.system] == job.learning_rate else ""),
+            f"{100 * mean(result['right']):.1f}",
+            f"{result['loss']:.3f}",
+        ]
+        for job, result in tried
+    ]
+    text = f"""Chosen by right answers, then by loss, on {sizes.asked} held-out problems in number words of a seed
+that is used for nothing else:
+
+{table(["system", "learning rate", "right, %", "loss per token"], rows)}"""
+    return Section("Learning rates", text)
+
+
+SECTIONS = (
+    accuracy,
+    forgetting,
+    controls,
+    thoughts,
+    numbers,
+    self_consistency,
+    placement,
+    assistant_size,
+    without_hints,
+    rates,
+)
