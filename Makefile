@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: quickstart test conformance fuzz check style clean
+.PHONY: quickstart report test conformance fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,13 @@ JOBS ?= 2
 
 quickstart: .venv/base  ## train and use an adapter on the small pair, offline, in minutes
 	$(BIN)/python examples/quickstart.py
+
+.venv/report: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[examples,report]"
+	@touch $@
+
+report: .venv/report  ## every system and control on the small pair, 3 seeds; writes docs/results.md; goes on if stopped
+	$(BIN)/python examples/report.py
 
 test: .venv/dev  ## the whole test suite, network off, warnings as errors
 	$(BIN)/python -m pytest -n $(JOBS)

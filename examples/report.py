@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
-from results.jobs import RATES, Job, Run, experiments, makings, tuning
+from results.jobs import RATES, Job, experiments, makings, tuning
 from results.page import write
 from results.store import Store, fingerprint
 from results.work import SMALL, Sizes, perform
@@ -61,7 +61,8 @@ def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: Proces
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=what, unit="job", smoothing=0.1) as bar:
         running = {pool.submit(perform, job, sizes, pair, store.folder): job for job in missing}
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(done, key=lambda future: future.exception() is not None):  # results are kept first
                 job = running.pop(future)
                 if future.exception() is not None:
                     raise RuntimeError(f"The job {job.name!r} failed.") from future.exception()
@@ -72,10 +73,9 @@ def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: Proces
 
 def best_rates(store: Store) -> Rates:
     """For each trained system the rate with the most right answers, of equals the one with the least loss."""
-    runs = [job for job in tuning() if isinstance(job, Run)]
     return {
         system: max(
-            (job for job in runs if job.system == system),
+            (job for job in tuning() if job.system == system),
             key=lambda job: (sum(store[job]["right"]), -store[job]["loss"]),
         ).learning_rate
         for system in RATES
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             do([*makings(), *tuning()], store, sizes, args.pair, pool, "models and learning rates")
             rates = best_rates(store)
-            do(experiments(rates), store, sizes, args.pair, pool, "experiments")
+            do(experiments(rates, sizes.seeds), store, sizes, args.pair, pool, "experiments")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,8 +13,9 @@ from .statistics import Share
 # Backgrounds are opaque, so that a figure can be read also where a page shows the wrong one of the two.
 THEMES = {"light": ("#ffffff", "#1f2328", "#d1d9e0"), "dark": ("#0d1117", "#e6edf3", "#3d444d")}
 # Okabe and Ito's colours, which differ also for colour-blind readers, without black and yellow.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8c8c8c", "#a6761d")
-OURS = ("SoftCoT", "soft thoughts")  # drawn in another colour
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#a6761d")
+HIGHLIGHT, ERROR = "#D55E00", "#8c8c8c"
+HIGHLIGHTED = ("SoftCoT", "soft thoughts")  # what a name begins with that has its own colour in every figure
 Draw = Callable[[Figure], None]
 Series = Mapping[str, Share]  # shares by system, control or the like
 
@@ -45,6 +46,13 @@ def save(draw: Draw, path: Path, size: tuple[float, float]) -> None:
             figure.savefig(f"{path}-{name}.png", metadata={"Software": None})
 
 
+def looks(names: Iterable[str]) -> list[tuple[str, str]]:
+    """A colour and a marker for each name."""
+    others = iter(COLOURS)
+    colours = [HIGHLIGHT if name == "SoftCoT" else next(others) for name in names]
+    return list(zip(colours, "osD^vP*X", strict=False))
+
+
 def bars(panels: Mapping[str, Series], label: str = "right answers, %") -> Draw:
     """Horizontal bars with their intervals; one panel beside the other, all with the same names."""
 
@@ -55,8 +63,8 @@ def bars(panels: Mapping[str, Series], label: str = "right answers, %") -> Draw:
             means = [100 * series[name].mean for name in names]
             below = [100 * (series[name].mean - series[name].low) for name in names]
             above = [100 * (series[name].high - series[name].mean) for name in names]
-            colours = [COLOURS[3] if name in OURS else COLOURS[0] for name in names]
-            axis.barh(names, means, xerr=(below, above), color=colours, ecolor=COLOURS[6], capsize=2)
+            colours = [HIGHLIGHT if name.startswith(HIGHLIGHTED) else COLOURS[0] for name in names]
+            axis.barh(names, means, xerr=(below, above), color=colours, ecolor=ERROR, capsize=2)
             axis.set(title=title, xlabel=label, xlim=(0, 104))
             axis.grid(visible=False, axis="y")
 
@@ -68,11 +76,11 @@ def lines(series: Mapping[str, Mapping[int, Share]], xlabel: str, logarithmic: b
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        for (name, points), marker in zip(series.items(), "osD^vP*X", strict=False):
-            across = list(points)
-            (line,) = axis.plot(across, [100 * points[x].mean for x in across], marker=marker, ms=4, label=name)
+        for (name, points), (colour, marker) in zip(series.items(), looks(series), strict=True):
+            across, means = list(points), [100 * share.mean for share in points.values()]
+            axis.plot(across, means, marker=marker, ms=4, color=colour, label=name)
             low, high = ([100 * getattr(points[x], end) for x in across] for end in ("low", "high"))
-            axis.fill_between(across, low, high, alpha=0.15, color=line.get_color(), lw=0)
+            axis.fill_between(across, low, high, alpha=0.15, color=colour, lw=0)
         if logarithmic:
             axis.set_xscale("log")
         ticks = sorted({x for points in series.values() for x in points})

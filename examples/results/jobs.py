@@ -8,9 +8,9 @@ of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # its problems are asked in no other run
 # Peak learning rates that are tried, by system.
 RATES = {
@@ -78,22 +78,22 @@ class Run:
 Job = Making | Run
 
 
-def makings() -> list[Job]:
+def makings() -> list[Making]:
     """Models that do not come with the repository."""
     return [Making("base"), *(Making("assistant", width) for width in WIDTHS if width != 64)]
 
 
-def tuning() -> list[Job]:
+def tuning() -> list[Run]:
     """Every trained system with each of its rates."""
     return [
         Run(system, seed=TUNING_SEED, learning_rate=rate, asks=()) for system, rates in RATES.items() for rate in rates
     ]
 
 
-def experiments(rates: dict[str, float]) -> list[Job]:
+def experiments(rates: Mapping[str, float], seeds: Sequence[int]) -> list[Run]:
     """All runs that are reported, given the learning rate of each trained system."""
     runs = []
-    for seed in SEEDS:
+    for seed in seeds:
         for system in (*UNTRAINED, *RATES):
             for kind in ("words", "names", "strangers"):
                 asks = ["digits"] if system in RATES or kind == "words" else []

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .figures import save
-from .jobs import SEEDS
 from .results import Results
 from .sections import SECTIONS
 from .store import Store
@@ -45,12 +44,12 @@ def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) ->
         sizes: How much was done.
         docs: Folder of `results.md`; the figures go into its `figures`.
     """
-    results = Results(store, rates)
+    results = Results(store, rates, sizes)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    parts = [HEAD.format(seeds=len(SEEDS), libraries=libraries)]
+    parts = [HEAD.format(seeds=len(sizes.seeds), libraries=libraries)]
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     for make in SECTIONS:
-        section = make(results, sizes)
+        section = make(results)
         parts.append(f"## {section.title}\n\n{section.text.strip()}\n")
         for name, (draw, size, shown) in section.figures.items():
             save(draw, docs / "figures" / name, size)

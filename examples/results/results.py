@@ -7,9 +7,10 @@ from functools import reduce
 from statistics import median
 from typing import Any
 
-from .jobs import Run, experiments
+from .jobs import experiments
 from .statistics import Share, share, votes
 from .store import Store
+from .work import Sizes
 
 PLAIN = {"kind": "words", "thoughts": 8, "width": 64, "hinted": True, "place": ""}  # a run's defaults
 
@@ -18,14 +19,16 @@ class Results:
     """What the runs found, over seeds.
 
     Args:
-        store: Holds all of `experiments(rates)`.
+        store: Holds all of `experiments(rates, sizes.seeds)`.
         rates: Learning rate of each trained system.
+        sizes: How much was done.
     """
 
-    def __init__(self, store: Store, rates: Mapping[str, float]) -> None:
+    def __init__(self, store: Store, rates: Mapping[str, float], sizes: Sizes) -> None:
         self.store = store
         self.rates = rates
-        self.runs = [job for job in experiments(dict(rates)) if isinstance(job, Run)]
+        self.sizes = sizes
+        self.runs = experiments(rates, sizes.seeds)
 
     def found(self, *path: str, **wanted: Any) -> list[Any]:
         """What stands at a path of keys in the results of certain runs, in the order of seeds.

@@ -10,10 +10,10 @@ from controls import CONTROLS
 from small_pair import make_model, make_tokenizers
 
 from .figures import Draw, bars, heat, lines, maps, scatter
-from .jobs import ASKED_BY_SAMPLING, NUMBERS, PLACES, RATES, SEEDS, UNTRAINED, WIDTHS, Making, tuning
+from .jobs import ASKED_BY_SAMPLING, NUMBERS, PLACES, RATES, UNTRAINED, WIDTHS, Making, tuning
 from .results import Results
 from .statistics import Share
-from .work import SAMPLES, Sizes
+from .work import SAMPLES
 
 SYSTEMS = (*UNTRAINED, *RATES)
 KINDS = ("words", "names", "strangers")
@@ -40,7 +40,7 @@ def better(shares: Mapping[str, Share], than: str) -> list[str]:
     return [f"{name} ({each})" for name, each in shares.items() if each.low > shares[than].high]
 
 
-def accuracy(results: Results, sizes: Sizes) -> Section:
+def accuracy(results: Results) -> Section:
     """Every system on every kind of problems."""
     found = {kind: {system: results.share(system=system, kind=kind) for system in SYSTEMS} for kind in KINDS}
     rows = [
@@ -57,9 +57,10 @@ def accuracy(results: Results, sizes: Sizes) -> Section:
     losses = [f"- {kind}: {', '.join(better(found[kind], 'SoftCoT')) or 'nothing'}." for kind in KINDS]
     head = ["system", *KINDS, "trained parameters", "training, s", "learning rate", "tokens written"]
     text = f"""{table(head, rows)}
-Right to the last character, %, mean over {len(SEEDS)} seeds with {sizes.asked} held-out problems each, and the 95 %
-interval. {sizes.steps} steps of {sizes.batch} problems for every trained system. Tokens written for an answer, the
-assistant's hint among them; training time with one thread, the median over seeds.
+Right to the last character, %, and the 95 % interval: mean over {len(results.sizes.seeds)} seeds with
+{results.sizes.asked} held-out problems each. Every trained system has {results.sizes.steps} steps of
+{results.sizes.batch} problems. Tokens written for an answer, the assistant's hint among them; training time with one
+thread; medians over seeds.
 
 **Where SoftCoT loses** here, with the other's whole interval above its own:
 
@@ -72,7 +73,7 @@ what the assistant knows and needs no training, because this base was trained to
     return Section("Accuracy by system", text, {"accuracy": (bars(found), (9, 3), "Right answers by system")})
 
 
-def forgetting(results: Results, sizes: Sizes) -> Section:
+def forgetting(results: Results) -> Section:
     """What became of the base's own skill."""
     before = results.share("digits", "right", system="zero-shot")
     after = {s: {k: results.share("digits", "right", system=s, kind=k) for k in KINDS} for s in RATES}
@@ -81,7 +82,7 @@ def forgetting(results: Results, sizes: Sizes) -> Section:
         for kind in KINDS
         for run in results.found("digits", "same_when_disabled", system="SoftCoT", kind=kind)
     ]
-    asked = sizes.asked * len(same)
+    asked = results.sizes.asked * len(same)
     points = {s: (results.share(system=s), after[s]["words"]) for s in RATES}
     points["base alone"] = (results.share(system="zero-shot"), before)
     rows = [["base alone", before, before, before], *([s, *after[s].values()] for s in RATES)]
@@ -99,7 +100,7 @@ character. With the adapter enabled the base reads thoughts of an assistant that
     )
 
 
-def controls(results: Results, sizes: Sizes) -> Section:
+def controls(results: Results) -> Section:
     """SoftCoT with its thoughts changed."""
     found = {kind: {c: results.share("controls", c, system="SoftCoT", kind=kind) for c in CONTROLS} for kind in KINDS}
     rows = [[control, *(found[kind][control] for kind in KINDS)] for control in CONTROLS]
@@ -107,12 +108,12 @@ def controls(results: Results, sizes: Sizes) -> Section:
 
 {table(["thoughts", *KINDS], rows)}
 *No thoughts*: the adapter disabled. *Another question's*: those of the next problem. *Random projection*: of the
-assistant's hidden states by a fresh layer. *Average*: the mean over {sizes.sampled} training problems.
+assistant's hidden states by a fresh layer. *Average*: the mean over {results.sizes.sampled} training problems.
 """
     return Section("Controls", text, {"controls": (bars(found), (9, 2.6), "Right answers with thoughts changed")})
 
 
-def numbers(results: Results, sizes: Sizes) -> Section:
+def numbers(results: Results) -> Section:
     """Training N against inference N."""
     grid = [
         [results.share("numbers", str(n), system="SoftCoT", thoughts=trained) for n in NUMBERS] for trained in NUMBERS
@@ -126,12 +127,12 @@ Adapters are trained and asked with every N; a single trained layer serves any n
     return Section("Number of thoughts", text, {"numbers": (drawn, (5.5, 3.6), "Right answers by N")})
 
 
-def self_consistency(results: Results, sizes: Sizes) -> Section:
+def self_consistency(results: Results) -> Section:
     """One to ten sampled answers and a vote."""
     found = {s: {k: results.vote(k, system=s) for k in range(1, SAMPLES + 1)} for s in ASKED_BY_SAMPLING}
     rows = [[system, *(found[system][k] for k in VOTERS)] for system in ASKED_BY_SAMPLING]
-    text = f"""{sizes.sampled} problems in number words for each seed, sampled at temperature 1. The most frequent
-final result of the first k samples counts:
+    text = f"""{results.sizes.sampled} problems in number words for each seed, sampled at temperature 1. The
+most frequent final result of the first k samples counts:
 
 {table(["system", *(f"k = {k}" for k in VOTERS)], rows)}"""
     drawn = lines(found, "samples that vote")
@@ -140,7 +141,7 @@ final result of the first k samples counts:
     )
 
 
-def placement(results: Results, sizes: Sizes) -> Section:
+def placement(results: Results) -> Section:
     """Thoughts at the end of the user turn, or behind the generation prompt."""
     rows = [
         [
@@ -159,7 +160,7 @@ The base has seen hints in both places, twice as often in the first."""
     return Section("Placement", text)
 
 
-def assistant_size(results: Results, sizes: Sizes) -> Section:
+def assistant_size(results: Results) -> Section:
     """Assistants of three widths."""
     tokenizer = make_tokenizers()[1]
     parameters = {width: make_model(tokenizer, width).num_parameters() for width in WIDTHS}
@@ -176,7 +177,7 @@ def assistant_size(results: Results, sizes: Sizes) -> Section:
     return Section("Assistant size", text, {"assistant_size": (drawn, (7, 3.2), "Right answers by assistant size")})
 
 
-def without_hints(results: Results, sizes: Sizes) -> Section:
+def without_hints(results: Results) -> Section:
     """A base that was never trained to use a hint."""
     alone = results.store[Making("base")]["alone"]
     systems = ("zero-shot", "Assist-CoT", "prompt tuning", "LoRA", "SoftCoT")
@@ -197,7 +198,7 @@ Soft thoughts, like a hint in text, steer what a base can already use."""
     return Section("A base that never saw a hint", text)
 
 
-def thoughts(results: Results, sizes: Sizes) -> Section:
+def thoughts(results: Results) -> Section:
     """What the vectors are like."""
     seen = {kind: results.found("diagnostics", system="SoftCoT", kind=kind) for kind in KINDS}
     rows = []
@@ -215,11 +216,11 @@ def thoughts(results: Results, sizes: Sizes) -> Section:
     layers = [mean(share for each in paid for share in each["share"][layer]) for layer in range(len(paid[0]["share"]))]
     head = ["trained on", "cosine across questions", "length, in token embeddings", "nearest token is the problem's"]
     text = f"""{table(head, rows)}
-Cosine: of thoughts at the same position for two questions, the mean over {sizes.seen} problems; 1 would be a collapse.
-Length: the median of the thoughts' norms over that of the base's token embeddings. Last: how often the token whose
-embedding points most nearly the way of a thought is the digit or sign that the problem has in this place.
+Cosine: of thoughts at the same position for two questions, the mean over {results.sizes.seen} problems; 1 would be
+a collapse. Length: the median of the thoughts' norms over that of the base's token embeddings. Last: how often the
+token whose embedding points most nearly the way of a thought is the digit or sign that the problem has there.
 
-The nearest tokens of the first problems' thoughts, seed {SEEDS[0]}:
+The nearest tokens of the first problems' thoughts, seed {results.sizes.seeds[0]}:
 
 {table(["question", "nearest tokens"], shown[:5])}
 Of its attention a token of the answer pays the thoughts {", ".join(f"{each:.0%}" for each in layers)}, from the first
@@ -234,7 +235,7 @@ def mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
     return mean(value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j)
 
 
-def rates(results: Results, sizes: Sizes) -> Section:
+def rates(results: Results) -> Section:
     """Which learning rates were tried."""
     tried = [(job, results.store[job]) for job in tuning()]
     rows = [
@@ -246,8 +247,8 @@ def rates(results: Results, sizes: Sizes) -> Section:
         ]
         for job, result in tried
     ]
-    text = f"""Chosen by right answers, then by loss, on {sizes.asked} held-out problems in number words of a seed
-that is used for nothing else:
+    text = f"""Chosen by right answers, then by loss, on {results.sizes.asked} held-out problems in number
+words of a seed that is used for nothing else:
 
 {table(["system", "learning rate", "right, %", "loss per token"], rows)}"""
     return Section("Learning rates", text)

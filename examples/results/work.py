@@ -40,6 +40,7 @@ SAMPLES = 10
 class Sizes:
     """How much is done; tests do less."""
 
+    seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 600
     batch: int = 16
     asked: int = 400  # held-out problems
@@ -49,7 +50,9 @@ class Sizes:
     assistant_steps: int = 1500
 
 
-SMALL = Sizes(steps=2, batch=2, asked=4, sampled=3, seen=2, base_steps=40, assistant_steps=40)  # to try it
+SMALL = Sizes(
+    seeds=(0, 1), steps=2, batch=2, asked=4, sampled=3, seen=2, base_steps=40, assistant_steps=40
+)  # to try it
 
 
 def perform(job: Job, sizes: Sizes, pair: Path, made: Path) -> Result:
