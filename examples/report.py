@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -53,6 +54,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # peft 0.21 reads an attribute that transformers 5.23 renamed
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: ProcessPoolExecutor, what: str) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from blocks import write_block
+
 from .figures import save
 from .results import Results
-from .sections import SECTIONS
+from .sections import SECTIONS, summary
 from .store import Store
 from .work import Sizes
 
@@ -36,7 +38,7 @@ Run with {libraries}, each job on one core.
 
 
 def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) -> None:
-    """Write the page and its figures.
+    """Write the page and its figures, and the short table into the README beside the folder, if there is one.
 
     Args:
         store: Holds the results of all jobs.
@@ -57,6 +59,9 @@ def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) ->
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="figures/{name}-dark.png">'
                 f'<img alt="{shown}" src="figures/{name}-light.png"></picture>\n'
             )
+    readme = docs.parent / "README.md"
+    if readme.exists():
+        write_block(readme, "results", summary(results))
     half = docs / "results.md.half"
     half.write_text("\n".join(parts), encoding="utf-8")
     os.replace(half, docs / "results.md")

@@ -40,6 +40,24 @@ def better(shares: Mapping[str, Share], than: str) -> list[str]:
     return [f"{name} ({each})" for name, each in shares.items() if each.low > shares[than].high]
 
 
+def summary(results: Results) -> str:
+    """The README's table."""
+    rows = [
+        ["base alone", results.share(system="zero-shot"), results.share("digits", "right", system="zero-shot")],
+        ["SoftCoT", results.share(system="SoftCoT"), results.share("digits", "right", system="SoftCoT")],
+    ]
+    for control in ("zero vectors", "another question's"):
+        rows.append([f"SoftCoT, {control} as thoughts", results.share("controls", control, system="SoftCoT"), ""])
+    for system in ("Assist-CoT", "prompt tuning", "LoRA"):
+        rows.append([system, results.share(system=system), results.share("digits", "right", system=system)])
+    same = [
+        run for kind in KINDS for run in results.found("digits", "same_when_disabled", system="SoftCoT", kind=kind)
+    ]
+    return f"""{table(["right answers, % [95 % interval]", "new skill: number words", "own skill, system on"], rows)}
+{len(results.sizes.seeds)} seeds, {results.sizes.asked} held-out problems each, {results.sizes.steps} training steps. With SoftCoT's
+adapter disabled, {sum(map(sum, same)):,} of {sum(map(len, same)):,} answers in the base's own skill are the base's own, character for character."""
+
+
 def accuracy(results: Results) -> Section:
     """Every system on every kind of problems."""
     found = {kind: {system: results.share(system=system, kind=kind) for system in SYSTEMS} for kind in KINDS}
