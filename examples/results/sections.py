@@ -50,12 +50,19 @@ def summary(results: Results) -> str:
         rows.append([f"SoftCoT, {control} as thoughts", results.share("controls", control, system="SoftCoT"), ""])
     for system in ("Assist-CoT", "prompt tuning", "LoRA"):
         rows.append([system, results.share(system=system), results.share("digits", "right", system=system)])
-    same = [
-        run for kind in KINDS for run in results.found("digits", "same_when_disabled", system="SoftCoT", kind=kind)
-    ]
-    return f"""{table(["right answers, % [95 % interval]", "new skill: number words", "own skill, system on"], rows)}
-{len(results.sizes.seeds)} seeds, {results.sizes.asked} held-out problems each, {results.sizes.steps} training steps. With SoftCoT's
-adapter disabled, {sum(map(sum, same)):,} of {sum(map(len, same)):,} answers in the base's own skill are the base's own, character for character."""
+    same, asked = disabled(results)
+    head = ["right answers, % [95 % interval]", "new skill: number words", "own skill, system on"]
+    return f"""{table(head, rows)}
+{len(results.sizes.seeds)} seeds, {results.sizes.asked} held-out problems each, {results.sizes.steps} training steps.
+With SoftCoT's adapter disabled, {same:,} of {asked:,} answers in the base's own skill are the base's own, to the last
+character."""
+
+
+def disabled(results: Results) -> tuple[int, int]:
+    """How many answers with the adapter disabled are the base's own, and how many were asked for."""
+    runs = [results.found("digits", "same_when_disabled", system="SoftCoT", kind=kind) for kind in KINDS]
+    same = [answer for seeds in runs for answers in seeds for answer in answers]
+    return sum(same), len(same)
 
 
 def accuracy(results: Results) -> Section:
@@ -95,19 +102,14 @@ def forgetting(results: Results) -> Section:
     """What became of the base's own skill."""
     before = results.share("digits", "right", system="zero-shot")
     after = {s: {k: results.share("digits", "right", system=s, kind=k) for k in KINDS} for s in RATES}
-    same = [
-        sum(run)
-        for kind in KINDS
-        for run in results.found("digits", "same_when_disabled", system="SoftCoT", kind=kind)
-    ]
-    asked = results.sizes.asked * len(same)
+    same, asked = disabled(results)
     points = {s: (results.share(system=s), after[s]["words"]) for s in RATES}
     points["base alone"] = (results.share(system="zero-shot"), before)
     rows = [["base alone", before, before, before], *([s, *after[s].values()] for s in RATES)]
     text = f"""Problems in digits, which the base solves alone, with the system on that was trained on others:
 
 {table(["system, enabled", *(f"after {kind}" for kind in KINDS)], rows)}
-With SoftCoT's adapter **disabled**, {sum(same):,} of {asked:,} answers are the base's own, to the last
+With SoftCoT's adapter **disabled**, {same:,} of {asked:,} answers are the base's own, to the last
 character. With the adapter enabled the base reads thoughts of an assistant that never saw such a problem.
 """
     drawn = scatter(points, "new skill: number words, %", "own skill with the system on: digits, %")
