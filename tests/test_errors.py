@@ -203,6 +203,12 @@ def test_an_assistant_that_is_no_decoder_is_refused(
         get_peft_model(base, pair.config(assistant_model_name_or_path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["./pair/asistant", "runs/pair/asistant", "/nowhere"])
+def test_a_misspelt_folder_is_called_missing(pair: Pair, base: PreTrainedModel, name: str) -> None:
+    with refused(f"got {name!r}: There is no such folder, and a Hub id has the form"):
+        get_peft_model(base, pair.config(assistant_model_name_or_path=name))
+
+
 @pytest.mark.parametrize("name", ["org/unheard-of", "no-such-folder", "/no/such/folder", "my-assistant"])
 def test_an_assistant_that_cannot_be_found_is_refused(pair: Pair, base: PreTrainedModel, name: str) -> None:
     with refused("`assistant_model_name_or_path`", repr(name), "`use_assistant(model, tokenizer, name="):
