@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -38,11 +37,8 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half",
 
 
 def _unusable(name: str, error: Exception) -> str:
-    if not Path(name).is_dir():
-        try:
-            validate_repo_id(name)
-        except HFValidationError:  # its own message says nothing of folders
-            error = ValueError("There is no such folder, and a Hub id has the form 'name' or 'owner/name'.")
+    if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):  # speaks of no folders
+        error = ValueError("There is no such folder, and a Hub id has the form 'name' or 'owner/name'.")
     return f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} {_REMEDY}"
 
 
