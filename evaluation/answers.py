@@ -31,7 +31,8 @@ CLEANING = [
     (r"\*\*|__|`|\\[()\[\]]", " "),  # emphasis and the delimiters of formulas
     (r"\\[,!]|\{(?=,\})|(?<=\{,)\}", ""),  # thin spaces, and the braces of 1{,}234
     (r"\\([$%])", r"\1"),
-    (r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r" \1/\2"),
+    (r"\s?\\[dt]?frac(?:\s?\{([^{}]*)\}\s?\{([^{}]*)\}|(\d)(\d))", r" \1\3/\2\4"),
+    ("\u00bd", " 1/2"),
     (r"\\(?:text|math)[a-z]*\s?\{([^{}]*)\}", r"\1"),
 ]
 # The group `formal` is set where an answer must follow; "the answer is clear from the text" need not hold one.
@@ -85,15 +86,17 @@ def last(found: Iterable[T | None]) -> T | None:
 
 # Dates
 
-MARKS = compiled(STATED)
+# "Answer: Ann had 5 eggs. She ..." states no number yet: reasoning begins with two words, and goes on.
+REASONING = r"\W{0,9} (?: step\b | not\W{1,3}\d | [^\W\d]{1,30} \W{1,3} [^\W\d] [^\n]{0,300}? [.!?\n] \W{0,9}\w )"
+MARKS = compiled(rf"(?:{STATED}) (?!{REASONING})")
 MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 MONTH = rf"\b(?:{'|'.join(MONTHS)})[a-z]{{0,6}}\.?"
-DATE = compiled(rf"""(?<![\w/.-])(?:
+DATE = compiled(rf"""(?<![^\W_])(?<![/.-])(?:
     (?P<m1>\d{{1,2}}) (?P<by>[/-]) (?P<d1>\d{{1,2}}) (?P=by) (?P<y1>\d{{4}})
-  | (?P<y2>\d{{4}}) - (?P<m2>\d{{1,2}}) - (?P<d2>\d{{1,2}})
+  | (?P<y2>\d{{4}}) [/-] (?P<m2>\d{{1,2}}) [/-] (?P<d2>\d{{1,2}})
   | (?P<m3>{MONTH}) \s? (?P<d3>\d{{1,2}}) (?:st|nd|rd|th)? ,? \s? (?P<y3>\d{{4}})
   | (?P<d4>\d{{1,2}}) (?:st|nd|rd|th)? \s (?:of\s)? (?P<m4>{MONTH}) ,? \s? (?P<y4>\d{{4}})
-  )(?![\w/]|-\d)""")
+  )(?![^\W_]|/|-\d)""")
 
 
 def dates(text: str) -> Iterator[str | None]:
@@ -122,7 +125,7 @@ NUMBER = compiled(rf"""
   | (?P<sign> (?<![\w).%])[-\u2212] )? \(? (?: [$€£¥₹]\s? (?P<inner>[-\u2212])? )?
     (?: (?P<whole>\d+)\s(?=\d+/\d) )? (?P<over>{AMOUNT})
     (?: \s?/\s?(?P<under>{AMOUNT}) | (?P<exponent>e[+-]?\d{{1,2}})\b )?""")
-JOINED = compiled(r"[^,;(]{0,80}? (?:[=+*/\u00d7\u00f7>\u2212-]|\sx) \s? [($€£¥₹<]{0,3} $")
+JOINED = compiled(r"[^,;(]{0,80}? (?:[=+*/^\u00d7\u00f7>\u2212-]|\sx) \s? [($€£¥₹<]{0,3} $")
 ONE_NUMBER = compiled(rf"(?:{NUMBER.pattern})\)? (?:\s*\([^()]*\))?")
 
 
@@ -199,11 +202,13 @@ LETTER = r"""(?<![\w'\u2019])(?<!\w-) (?: \((?P<bracketed>[a-e])\) | (?P<bare>[a
     (?! (?<=a)\s+(?!(?:because|since|as|is|for)\b)\w ) )"""  # "A because", but not "a dog"
 LETTER_MARKS = compiled(rf"""{STATED}
   | \bans(?:wer)?\b [\s.\u2013-]{{1,4}} (?=[a-e]\b)
-  | \b(?:correct|right|best)\s(?:option|choice|letter)\b (?:\sis\b)? :?
+  | \b(?:correct|right|best)\s(?:option|choice|letter)\b (?:[^.\n:]{{0,60}}?\bis\b)? :?
   | (?<!nor\s) (?={LETTER} \s(?:is|would\sbe)\s(?:the\s)?(?:most\s)?(?:correct|right|best|answer)\b)
-  | ^ (?=\s? (?:(?:option|choice)\b\s?:?\s?)? \(?[a-e]\b [\s).:]{{0,4}} $)
-  | \b(?:so|thus|hence|therefore|but|choose|pick|select)\b (?={FILLERS} \(?(?-i:[A-E])\b [\s).:]{{0,4}} $)""")
+  | ^ (?=\s? (?:(?:option|choice)\b\s?:?\s?)? [(\[]?[a-e]\b [\s)\].:]{{0,4}} $)
+  | \b(?:so|thus|hence|therefore|but|choose|pick|select|go\swith|it['\u2019]s|it\sis)\b
+    (?={FILLERS} \(?(?-i:[A-E])\b [\s).:]{{0,4}} $)""")
 LETTER_STATED = compiled(FILLERS + LETTER)
+TWO_LETTERS = compiled(FILLERS + LETTER + r"\s?(?:,|/|&|\band\b|\bor\b)\s?\(?(?-i:[A-E])\b")
 LETTER_OPENING = compiled(rf"\s{{0,9}} {LETTER} (?=[).:,;] | \s{{0,9}}\Z | \s(?:because|since|as|is)\b | (?<=\))\s)")
 LETTER_MARKED = compiled(
     r"(?<!not\s) (?:\((?P<bracketed>(?-i:[A-E]))\) | \b(?:option|choice)\s(?P<bare>(?-i:[A-E]))\b)"
@@ -242,6 +247,8 @@ def letter(text: str, options: Sequence[str] = LETTERS) -> str | None:
         return found if found and found in LETTERS[: len(options)] else None
 
     def read(part: str) -> str | None:
+        if TWO_LETTERS.match(part):
+            return None
         found = picked(LETTER_STATED.match(part)) or picked(LETTER_MARKED.search(part))
         return found or (None if options == LETTERS else option_of(part, options))
 
