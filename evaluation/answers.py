@@ -37,7 +37,7 @@ CLEANING = [
 ]
 # The group `formal` is set where an answer must follow; "the answer is clear from the text" need not hold one.
 STATED = r"""
-    (?P<formal> (?<!\#)\#{4} (?!\#|\s{0,4}step) | \\boxed\s?\{
+    (?P<formal> (?<!\#)\#{4} (?!\#) | \\boxed\s?\{
               | \bans(?:wer)?s?\b (?:\s?\([^()\n]{0,40}\))? [\s*]{0,4} [:=])
   | (?<!to\s)\banswer\b [^.\n:]{0,60}? \b(?:is|are|(?:would|must|should|will)\sbe)\b :?
   | \bfinal\sanswer\s{0,4}\n"""
@@ -122,10 +122,10 @@ AMOUNT = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 # A minus is a sign only where nothing stands before it that it could be subtracted from.
 NUMBER = compiled(rf"""
     (?P<other> \d+(?::\d+)+ | \d+(?:\.\d+){{2,}} | \d+(?:[/-]\d+){{2,}}(?!\.?\d) )
-  | (?P<sign> (?<![\w).%])[-\u2212] )? \(? (?: [$€£¥₹]\s? (?P<inner>[-\u2212])? )?
+  | (?P<sign> (?<![\w).%])[-\u2212] )? \(? (?:[$€£¥₹]\s?)?
     (?: (?P<whole>\d+)\s(?=\d+/\d) )? (?P<over>{AMOUNT})
     (?: \s?/\s?(?P<under>{AMOUNT}) | (?P<exponent>e[+-]?\d{{1,2}})\b )?""")
-JOINED = compiled(r"[^,;(]{0,80}? (?:[=+*/^\u00d7\u00f7>\u2212-]|\sx) \s? [($€£¥₹<]{0,3} $")
+JOINED = compiled(r"[^,;(]{0,80}? (?:[=+*/^\u00d7\u00f7>\u2212-]|\sx) \s? [(<]{0,3} $")
 ONE_NUMBER = compiled(rf"(?:{NUMBER.pattern})\)? (?:\s*\([^()]*\))?")
 
 
@@ -137,7 +137,7 @@ def value(match: re.Match[str]) -> str | None:
     if under == 0:
         return None
     size = int(match["whole"] or 0) + over / under * Fraction("1" + (match["exponent"] or ""))
-    return str(-size if match["sign"] or match["inner"] else size)
+    return str(-size if match["sign"] else size)
 
 
 def stated_number(part: str) -> str | None:
@@ -174,7 +174,7 @@ def asdiv_gold(answer: str) -> str | None:
 # Yes or no. "Chanel No. 5", "no one", "yes-men" and "know" hold none.
 
 YES_NO = r"""(?<!not\s)(?<![\w'\u2019-]) (?P<word>yes|no)\b
-    (?! [-'\u2019]\w | \s?\d | \s(?:one|longer|more|less|matter|doubt|such)\b )"""
+    (?! [-'\u2019]\w | \s(?:one|longer|more)\b )"""
 YES_NO_MARKS = compiled(STATED + r"| \b(?:so|thus|hence|therefore)\b")
 YES_NO_STATED = compiled(FILLERS + YES_NO)
 YES_NO_OPENING = compiled(rf"\s{{0,9}}\W{{0,4}} {YES_NO} (?=\s{{0,3}}(?:[^\w\s]|$|(?:because|since|as)\b))")
@@ -198,18 +198,18 @@ def yes_no(text: str) -> str | None:
 
 # Option letters. "vitamin C.", "A dog", "not (B)" and a list of all options hold none.
 
-LETTER = r"""(?<![\w'\u2019])(?<!\w-) (?: \((?P<bracketed>[a-e])\) | (?P<bare>[a-e])\b (?![-'\u2019]\w|\.\w)
+LETTER = r"""(?: \((?P<bracketed>[a-e])\) | (?P<bare>[a-e])\b (?![-'\u2019]\w|\.\w)
     (?! (?<=a)\s+(?!(?:because|since|as|is|for)\b)\w ) )"""  # "A because", but not "a dog"
 LETTER_MARKS = compiled(rf"""{STATED}
   | \bans(?:wer)?\b [\s.\u2013-]{{1,4}} (?=[a-e]\b)
   | \b(?:correct|right|best)\s(?:option|choice|letter)\b (?:[^.\n:]{{0,60}}?\bis\b)? :?
-  | (?<!nor\s) (?={LETTER} \s(?:is|would\sbe)\s(?:the\s)?(?:most\s)?(?:correct|right|best|answer)\b)
+  | (?<![\w'\u2019-])(?<!nor\s) (?={LETTER} \s(?:is|would\sbe)\s(?:the\s)?(?:most\s)?(?:correct|right|best|answer)\b)
   | ^ (?=\s? (?:(?:option|choice)\b\s?:?\s?)? [(\[]?[a-e]\b [\s)\].:]{{0,4}} $)
   | \b(?:so|thus|hence|therefore|but|choose|pick|select|go\swith|it['\u2019]s|it\sis)\b
     (?={FILLERS} \(?(?-i:[A-E])\b [\s).:]{{0,4}} $)""")
 LETTER_STATED = compiled(FILLERS + LETTER)
 TWO_LETTERS = compiled(FILLERS + LETTER + r"\s?(?:,|/|&|\band\b|\bor\b)\s?\(?(?-i:[A-E])\b")
-LETTER_OPENING = compiled(rf"\s{{0,9}} {LETTER} (?=[).:,;] | \s{{0,9}}\Z | \s(?:because|since|as|is)\b | (?<=\))\s)")
+LETTER_OPENING = compiled(rf"\s{{0,9}} {LETTER} (?=[).:,;] | \s(?:because|since|as)\b)")
 LETTER_MARKED = compiled(
     r"(?<!not\s) (?:\((?P<bracketed>(?-i:[A-E]))\) | \b(?:option|choice)\s(?P<bare>(?-i:[A-E]))\b)"
 )
