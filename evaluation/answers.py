@@ -84,7 +84,7 @@ def last(found: Iterable[T | None]) -> T | None:
     return first(reversed(list(found)))
 
 
-# Dates
+# Dates, and what statements of dates and of numbers share
 
 # "Answer: Ann had 5 eggs. She ..." states no number yet: reasoning begins with two words, and goes on.
 REASONING = r"\W{0,9} (?: step\b | not\W{1,3}\d | [^\W\d]{1,30} \W{1,3} [^\W\d] [^\n]{0,300}? [.!?\n] \W{0,9}\w )"
@@ -102,10 +102,12 @@ DATE = compiled(rf"""(?<![^\W_])(?<![/.-])(?:
 def dates(text: str) -> Iterator[str | None]:
     """All dates as MM/DD/YYYY; None for one that is in no calendar."""
     for match in DATE.finditer(text):
-        year, month, day = (first(match[f"{part}{form}"] for form in (1, 2, 3, 4)) for part in "ymd")
-        month = MONTHS.index(month[:3].lower()) + 1 if month[0].isalpha() else month
+        year, month, day = ("".join(match[f"{part}{form}"] or "" for form in (1, 2, 3, 4)) for part in "ymd")
         try:
-            yield calendar(int(year), int(month), int(day)).strftime("%m/%d/") + f"{int(year):04}"
+            found = calendar(
+                int(year), int(month) if month.isdigit() else MONTHS.index(month[:3].lower()) + 1, int(day)
+            )
+            yield f"{found.month:02}/{found.day:02}/{found.year:04}"
         except ValueError:
             yield None
 
@@ -261,7 +263,8 @@ def letter(text: str, options: Sequence[str] = LETTERS) -> str | None:
 
 # Filters of lm-evaluation-harness: `resps` holds each document's texts, what they give its answers.
 
-Texts, Docs = Iterable[Iterable[str]], Sequence[Mapping[str, Any]]
+Texts = Iterable[Iterable[str]]
+Docs = Sequence[Mapping[str, Any]]
 
 
 def extractor(read: Reader) -> Callable[[Texts, Docs], list[list[str]]]:
