@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from contextlib import suppress
-from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -40,12 +40,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is no installed package
+from evaluation.answers import number
+
 PROMPT = "Reason about this problem step by step, then close with a line '#### N' for its answer N.\n\n{question}"
 ASSISTANT_PROMPT = "A larger model has this task. Note for it in {num_thought_tokens} tokens what matters.\n\n{prompt}"
 Row = dict[str, str]  # "question" and "answer"
 Example = dict[str, list[int]]  # "input_ids" and "labels"
-# Sign and digits. A minus is a sign only where nothing stands before it that it could be subtracted from.
-NUMBER = re.compile(r"((?:(?<![\w).%])[-\u2212])?(?:\$-?)?)((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -91,19 +92,9 @@ def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
     return list(load_dataset(source, "main", split=split))[:limit]
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number a solution ends in: the first one after the last `####`, else the last one, if any."""
-    _, mark, ending = text.rpartition("####")
-    numbers = NUMBER.findall(ending)
-    if not numbers:
-        return None
-    sign, digits = numbers[0 if mark else -1]
-    return Decimal(("-" if sign.strip("$") else "") + digits.replace(",", ""))
-
-
 def is_correct(solution: str, reference: str) -> bool:
-    """Exact match of the final numbers, as numbers: `$1,234.00` is `1234`."""
-    return (number := final_number(solution)) is not None and number == final_number(reference)
+    """Exact match of the answers, as numbers: `$1,234.00` is `1234`."""
+    return (found := number(solution)) is not None and found == number(reference)
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, num_thoughts: int = 0) -> list[int]:

@@ -1,11 +1,10 @@
-"""The GSM8K example: numbers, prompts, labels, and both scripts from end to end on a file made here."""
+"""The GSM8K example: prompts, labels, and both scripts from end to end on a file made here."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,6 @@ from conftest import Pair, load_example
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
-
-ROOT = Path(__file__).parents[1]
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
-
 
 gsm8k = load_example("train_gsm8k")
 tiny = load_example("make_tiny_pair")
@@ -27,40 +22,7 @@ def arguments(pair: Pair, *more: str) -> list[str]:
     return [*models, "--train-file", "train.jsonl", "--eval-file", "test.jsonl", "--output-dir", "out", *more]
 
 
-# Numbers
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 72", "72"),
-        ("#### 1,234", "1234"),
-        ("It costs $1,234.", "1234"),
-        ("1,234,567.50", "1234567.5"),
-        ("####-5", "-5"),
-        ("#### -$5.50", "-5.5"),
-        ("#### $-5", "-5"),
-        ("\u22127 degrees", "-7"),
-        ("so x=-3.", "-3"),
-        ("**-12**", "-12"),
-        ("10-4", "4"),
-        ("(2)-3", "3"),
-        ("20%-5", "5"),
-        ("72.0", "72"),
-        (".5 miles", "0.5"),
-        ("72 clips in all", "72"),
-        ("3 boxes, then 4 more, so 7 boxes.", "7"),
-        ("either 1,2,3", "3"),
-        ("5\n#### 18 of the 20 eggs", "18"),
-        ("#### 3\nNo, wait: 9.\n#### 10\nDone in 2 steps.", "10"),
-        ("no number", None),
-        ("48 + 24 = 72\n####", None),
-        ("48 + 24 = 72\n#### seventy-two", None),
-        ("", None),
-    ],
-)
-def test_final_number(text: str, number: str | None) -> None:
-    assert gsm8k.final_number(text) == (None if number is None else Decimal(number))
+# Exact match
 
 
 @pytest.mark.parametrize(
@@ -77,16 +39,6 @@ def test_final_number(text: str, number: str | None) -> None:
 )
 def test_exact_match(solution: str, reference: str, correct: bool) -> None:
     assert gsm8k.is_correct(solution, reference) is correct
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not beside the project, at ../shared/data/gsm8k")
-@pytest.mark.parametrize("name", ["train", "test_half", "test_half_socratic"])
-def test_every_answer_of_gsm8k_has_its_number(name: str) -> None:
-    rows = gsm8k.load_rows(str(GSM8K / f"{name}.jsonl"), "unused")
-    assert len(rows) >= 660
-    for row in rows:
-        assert str(gsm8k.final_number(row["answer"])) == row["answer"].split("#### ")[1].replace(",", "")
-        assert gsm8k.is_correct(row["answer"], row["answer"])
 
 
 # Prompts and labels

@@ -1,0 +1,1 @@
+"""Evaluation tasks: files for lm-evaluation-harness, and what reads the answers out of what models write."""
