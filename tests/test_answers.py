@@ -162,7 +162,7 @@ def examples(name: str) -> list[dict[str, Any]]:
         ("-\\$5", "-5"),
         ("answer = 18\n2 lines", "18"),
         ("\\boxed{5} + 3 = 8", "5"),
-        ("Answer: 48/2 = <<48/2=24>>24 eggs", "24"),
+        ("Answer: 5 + 3 = <<5+3=8>>8 eggs", "8"),
         ("Answer: 18 (= 20 - 2)", "18"),
         ("Answer: 18 of at max 20 eggs", "18"),
         ("Answer: eight\n3 boys, 5 girls", "5"),
