@@ -10,17 +10,22 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 VARIANTS = 5
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-UNITS += "seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 WORDS = {word: value for value, word in enumerate(UNITS)} | {word: 20 + 10 * i for i, word in enumerate(TENS)}
-# Digits with commas, or a word such as "eighty-seven". Digits beside a point, a letter or the like are no plain number.
-NUMBER = re.compile(rf"\d+(?:,\d{{3}})*|\b(?:(?:{'|'.join(TENS)})(?:[- ](?:{'|'.join(UNITS[1:10])}))?|{'|'.join(UNITS)})\b", re.I)
-OTHER = re.compile(r"\d[./:%a-z]\S|\d%|hundred|thousand|million|dozen|=|half|halves|twice|double|triple|quarter|\b\w+(?:fi|gh|n|r|v|x)th\b", re.I)
+# Digits with commas, or a word such as "eighty-seven"; and what a text must not hold, since it is no plain number.
+NUMBER = re.compile(
+    rf"\d+(?:,\d{{3}})*|\b(?:(?:{'|'.join(TENS)})(?:[- ](?:{'|'.join(UNITS[1:10])}))?|{'|'.join(UNITS)})\b", re.I
+)
+OTHER = re.compile(
+    r"\d[./:%a-z]\S|\d%|hundred|thousand|million|dozen|=|half|halves|twice|double|triple|quarter|\b\w+(?:fi|gh|n|r|v|x)th\b",
+    re.I,
+)
 OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -55,6 +60,12 @@ def evaluate(expression: str) -> Fraction | None:
         return None
 
 
+def replaced(pattern: re.Pattern[str], text: str, numbers: Sequence[int]) -> str:
+    """A text with numbers in the place of the matches of a pattern, one after the other."""
+    pieces = map(str, numbers)
+    return pattern.sub(lambda _: next(pieces), text)
+
+
 def variants(text: str, formula: str, seed: int, count: int = VARIANTS) -> Iterator[tuple[str, str]]:
     """A problem with other numbers, and its answer; nothing if it does not qualify.
 
@@ -76,12 +87,10 @@ def variants(text: str, formula: str, seed: int, count: int = VARIANTS) -> Itera
     rng, seen = random.Random(seed), {tuple(numbers)}
     for _ in range(200):
         new = [rng.randint(max(2, old // 2), 2 * old) for old in numbers]
-        drawn = dict(zip(numbers, new, strict=True))
-        answer = evaluate(re.sub(r"\d+", lambda match: str(drawn[int(match[0])]), expression))
+        answer = evaluate(replaced(re.compile(r"\d+"), expression, [new[numbers.index(old)] for old in operands]))
         if answer is None or tuple(new) in seen:
             continue
         seen.add(tuple(new))
-        pieces = iter(new)
-        yield NUMBER.sub(lambda _: str(next(pieces)), text), str(answer)
+        yield replaced(NUMBER, text, new), str(answer)
         if len(seen) > count:
             return

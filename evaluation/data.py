@@ -1,8 +1,9 @@
 """The data of the tasks, from the Hub or from local files, all in one shape.
 
-A row has `question`, `options` (texts without letters, or none), `answer` (canonical, see `answers.py`) and `solution`,
-what an example of a few-shot prompt answers. A local folder has one folder for each data set, with the publishers' own
-files; `_half` may stand in a name where a file holds a part. Called by lm-evaluation-harness with a task's metadata.
+A row has `question`, `options` (texts without letters, or none), `answer` (canonical, see `answers.py`) and
+`solution`, what an example of a few-shot prompt answers. A local folder has one folder for each data set, with the
+publishers' own files; `_half` may stand in a name where a file holds a part. lm-evaluation-harness calls these
+functions with a task's metadata.
 """
 
 from __future__ import annotations
@@ -174,9 +175,7 @@ def big_bench(name: str, canonical: Callable[[str], str | None], data_dir: str |
     raw = [
         {
             "input": re.sub(r"^\s*Q:|(?:\n\s*choice:[^\n]*)*\n?\s*A:\s*$", "", item["inputs"]),
-            "target_scores": dict(
-                zip(item["multiple_choice_targets"], item["multiple_choice_scores"], strict=True)
-            ),
+            "target_scores": dict(zip(item["multiple_choice_targets"], item["multiple_choice_scores"], strict=True)),
         }
         for item in load_dataset("hails/bigbench", f"{name}_zero_shot", split="default")
     ]
@@ -205,7 +204,7 @@ def read_commonsenseqa(item: dict[str, Any]) -> Row:
 
 
 def commonsenseqa(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`, the validation set, as the test set's answers are not published; Talmor et al. 2019, 1811.00937."""
+    """Split `test`, the validation set, as the test set has no answers; Talmor et al. 2019, arXiv 1811.00937."""
     if data_dir is None:
         raw: Any = load_dataset("tau/commonsense_qa", split="validation")
         return DatasetDict({"test": rows(raw, read_commonsenseqa, "tau/commonsense_qa")})

@@ -1,4 +1,4 @@
-"""Blocks of a page that a command writes, between `<!-- name:begin -->` and `<!-- name:end -->`."""
+"""Pages that a command writes: whole files, and blocks between `<!-- name:begin -->` and `<!-- name:end -->`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def write_block(page: Path, name: str, text: str) -> None:
     _, end, after = rest.partition(f"<!-- {name}:end -->\n")
     if not begin or not end or begin in after:
         raise ValueError(f"{page.name} must have the marks `{name}:begin` and `{name}:end` once each, each on a line.")
-    half = page.with_suffix(".half")
-    half.write_text(f"{before}{begin}{text.strip()}\n{end}{after}", encoding="utf-8")
-    os.replace(half, page)
+    write_whole(page, f"{before}{begin}{text.strip()}\n{end}{after}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".half")
+    half.write_text(text, encoding="utf-8")
+    os.replace(half, path)

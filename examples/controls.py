@@ -82,7 +82,9 @@ def projection_of(model: PeftModel) -> nn.Linear:
 
 
 @torch.no_grad()
-def thoughts_of(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch: int = 32) -> Tensor:
+def thoughts_of(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch: int = 32, **tokenization: Any
+) -> Tensor:
     """The soft thoughts of prompts, `(questions, N, H_base)`, in the projection's dtype, on the CPU.
 
     Args:
@@ -90,21 +92,24 @@ def thoughts_of(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: l
         tokenizer: The base's.
         prompts: One text per question, all with the same number of thoughts.
         batch: Rows run at once.
+        **tokenization: As tokenizers take it, such as `add_special_tokens=False` for prompts of a chat template.
     """
     seen: list[Tensor] = []
     handle = projection_of(model).register_forward_hook(lambda module, arguments, output: seen.append(output.cpu()))
     try:
         for start in range(0, len(prompts), batch):
-            rows = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True)
+            rows = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True, **tokenization)
             model(**rows.to(model.device), logits_to_keep=1)
     finally:
         handle.remove()
     return torch.cat(seen)
 
 
-def average_thoughts(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
+def average_thoughts(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **tokenization: Any
+) -> Tensor:
     """The thoughts averaged over questions, `(N, H_base)`: all that does not depend on the question."""
-    return thoughts_of(model, tokenizer, prompts).mean(0)
+    return thoughts_of(model, tokenizer, prompts, **tokenization).mean(0)
 
 
 def similarity(thoughts: Tensor) -> Tensor:

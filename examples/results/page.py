@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from blocks import write_block
+from blocks import write_block, write_whole
 
 from .figures import save
 from .results import Results
@@ -62,6 +61,4 @@ def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) ->
     readme = docs.parent / "README.md"
     if readme.exists():
         write_block(readme, "results", summary(results))
-    half = docs / "results.md.half"
-    half.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(half, docs / "results.md")
+    write_whole(docs / "results.md", "\n".join(parts))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from blocks import write_whole
 
 from .jobs import Job
 
@@ -47,7 +48,4 @@ class Store:
 
     def __setitem__(self, job: Job, result: dict[str, Any]) -> None:
         """Whole or not at all: the file gets its name when it is complete."""
-        path = self.path(job)
-        half = path.with_suffix(".half")
-        half.write_text(json.dumps({"job": asdict(job), "result": result}), encoding="utf-8")
-        os.replace(half, path)
+        write_whole(self.path(job), json.dumps({"job": asdict(job), "result": result}))
