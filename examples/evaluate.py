@@ -148,10 +148,9 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(adapter if saved else args.base, padding_side="left")
 
 
-def load_task(name: str, args: argparse.Namespace, samples: int) -> ConfigurableTask:
+def load_task(manager: TaskManager, name: str, samples: int) -> ConfigurableTask:
     """A task with its data. The first of its samples is scored, and votes of the first of them."""
-    folder, full = str(ROOT / "evaluation"), f"softcot_{name}"
-    manager = TaskManager(include_path=folder, include_defaults=False, metadata={"data_dir": args.data_dir})
+    full = f"softcot_{name}"
     ways = manager.load(full)["tasks"][full].config.filter_list
     extract, first = ways[0]["filter"]
     for count in sorted({k for k in VOTES if k < samples} | {samples} - {1}):
@@ -165,15 +164,17 @@ def batch_size_for(questions: int, size: int, processes: int) -> int:
     """The largest batch size up to `size` that leaves no question alone in a batch of any process.
 
     Raises:
-        ValueError: A process has one question only.
+        ValueError: There is none.
     """
     shares = {questions // processes, -(-questions // processes)} - {0}
-    if 1 in shares:
+    fitting = [tried for tried in range(2, size + 1) if all(share % tried != 1 for share in shares)]
+    if 1 in shares or not fitting:
         raise ValueError(
-            f"`--controls` gives a question the thoughts of another one, but of {questions} questions one is alone in "
-            f"one of {processes} processes. Raise `--limit`."
+            f"`--controls` gives a question the thoughts of another one in its batch, but {questions} questions in "
+            f"{processes} processes leave one alone with any batch size up to {size}. Raise `--batch-size`, or set "
+            "another `--limit`."
         )
-    return next(tried for tried in range(size, 1, -1) if all(share % tried != 1 for share in shares))
+    return fitting[-1]
 
 
 class Evaluation:
@@ -186,6 +187,10 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.tokenizer = load_tokenizer(args)
+        # Without the harness's own tasks, of which it would read some ten thousand files.
+        self.manager = TaskManager(
+            include_path=str(ROOT / "evaluation"), include_defaults=False, metadata={"data_dir": args.data_dir}
+        )
         self.harness = HFLM(
             pretrained=args.base,
             peft=args.adapter,
@@ -195,8 +200,10 @@ class Evaluation:
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         self.number = self.set_number() if args.adapter else 0
+        # A base that has no turns goes on with another question, as in its examples.
+        self.until = ["\n\n"] if args.num_fewshot and self.tokenizer.chat_template is None else []
         self.task: Callable[[str, int], ConfigurableTask] = lru_cache(2)(
-            lambda name, samples: load_task(name, args, samples)
+            lambda name, samples: load_task(self.manager, name, samples)
         )
 
     def set_number(self) -> int:
@@ -240,10 +247,11 @@ class Evaluation:
             found = simple_evaluate(
                 model=harness,
                 tasks=[task],
+                task_manager=self.manager,
                 num_fewshot=args.num_fewshot,
                 limit=args.limit,
                 apply_chat_template=self.tokenizer.chat_template is not None,
-                gen_kwargs={**decoding, "max_gen_toks": args.max_new_tokens},
+                gen_kwargs={**decoding, "max_gen_toks": args.max_new_tokens, "until": self.until},
                 use_cache=str(folder / "answers"),
                 evaluation_tracker=tracker,
                 bootstrap_iters=0,
