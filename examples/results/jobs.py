@@ -54,7 +54,7 @@ class Run:
         hinted: Whether the base has learned to use hints.
         place: `"user_turn"` or `"prompt_end"` of a chat, or `""`: behind the question, no chat.
         asks: What is asked beside problems of its own kind: some of `"digits"`, `"samples"`, `"controls"`,
-            `"numbers"`, `"diagnostics"`, `"attention"`.
+            `"numbers"`, `"diagnostics"`, `"characters"`, `"attention"`.
     """
 
     system: str
@@ -107,7 +107,7 @@ def experiments(rates: Mapping[str, float], seeds: Sequence[int]) -> list[Run]:
             if number != 8:
                 runs.append(Run("SoftCoT", "words", seed, rate, thoughts=number, asks=("numbers",)))
         for place in PLACES:
-            asks = ("digits", "attention") if place == "user_turn" else ("digits",)
+            asks = ("digits", "characters", *(["attention"] if place == "user_turn" else []))
             runs.append(Run("SoftCoT", "words", seed, rate, place=place, asks=asks))
         for width in WIDTHS:
             for system in ("Assist-CoT", "SoftCoT") if width != 64 else ():

@@ -163,20 +163,23 @@ most frequent final result of the first k samples counts:
 
 def placement(results: Results) -> Section:
     """Thoughts at the end of the user turn, or behind the generation prompt."""
-    rows = [
-        [
-            name,
-            results.share(system="SoftCoT", place=place),
-            results.share("digits", "right", system="SoftCoT", place=place),
-        ]
-        for place, name in zip(
-            PLACES, ("end of the user turn", "prompt's end, behind the generation prompt"), strict=True
-        )
-    ]
+    rows = []
+    for place, name in zip(
+        PLACES, ("end of the user turn", "prompt's end, behind the generation prompt"), strict=True
+    ):
+        wanted = {"system": "SoftCoT", "place": place}
+        read = [answer for run in results.found("characters", **wanted) for answer in run]
+        characters = ", ".join(f"{mean(column):.0%}" for column in zip(*read, strict=True))
+        digits = results.share("digits", "right", **wanted)
+        rows.append([name, results.share(**wanted), characters, digits])
+    head = ["thoughts stand at the", "number words", "its first five characters", "digits, adapter enabled"]
     text = f"""The same problems as chats, whose generation prompt is the mark ` A: `:
 
-{table(["thoughts stand at the", "number words", "digits, adapter enabled"], rows)}
-The base has seen hints in both places, twice as often in the first."""
+{table(head, rows)}
+The base has seen hints in both places, twice as often in the first. The assistant writes what a thought position holds:
+behind a question the mark, then the digits; behind the mark the digits at once. So behind the generation prompt the
+first digit belongs to the mark's own position, which is no thought.
+"""
     return Section("Placement", text)
 
 

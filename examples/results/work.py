@@ -197,6 +197,15 @@ def diagnostics(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, 
     }
 
 
+def first_characters(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> list[list[int]]:
+    """For each answer to a chat, which of its first five characters are right: the problem up to its second number."""
+    answers = system.answer([item["prompt"] for item in own])
+    return [
+        [int(text[place : place + 1] == item["response"][place]) for place in range(5)]
+        for text, item in zip(answers, own, strict=True)
+    ]
+
+
 def attention(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
     """Attention that each token after the thoughts pays to them, by layer; mean over questions."""
     system.model.get_base_model().set_attn_implementation("eager")
@@ -216,5 +225,6 @@ ASKS = {
     "controls": in_controls,
     "numbers": by_number,
     "diagnostics": diagnostics,
+    "characters": first_characters,
     "attention": attention,
 }
