@@ -5,16 +5,18 @@ With a pair and the data from the Hub, in the paper's recipe (arXiv 2502.12134):
     python examples/train_gsm8k.py --base Qwen/Qwen2.5-7B-Instruct --assistant Qwen/Qwen2.5-1.5B-Instruct
 
 Thoughts stand at the prompt's end; `--where user_turn --thought-token "<|endoftext|>"` puts them at the end of the
-user's turn, as in the paper. Base and assistant may be folders (`make_tiny_pair.py` makes a pair to try), data may be
-JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it with `accelerate launch`
-and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow. `--controls` tells how much of
-a score is due to what the thoughts say.
+user's turn, as in the paper. `@examples/recipes/qwen2.5-7b.txt` reads options from a file, one with its value on a
+line and comments behind `#`; options that come later win. Base and assistant may be folders (`make_tiny_pair.py` makes
+a pair to try), data may be JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it
+with `accelerate launch` and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow.
+`--controls` tells how much of a score is due to what the thoughts say; `evaluate.py` asks other tasks.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from contextlib import suppress
@@ -51,7 +53,8 @@ Example = dict[str, list[int]]  # "input_ids" and "labels"
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Read the command line. The defaults are the paper's recipe, but for greedy decoding."""
-    parser = ArgumentParser(description="Train and evaluate a SoftCoT adapter on GSM8K.")
+    parser = ArgumentParser(description="Train and evaluate a SoftCoT adapter on GSM8K.", fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # type: ignore[method-assign]
     add = parser.add_argument
     add("--base", required=True, help="Hub id or folder of the base")
     add("--assistant", required=True, help="Hub id or folder of the assistant")

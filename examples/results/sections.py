@@ -176,9 +176,9 @@ def placement(results: Results) -> Section:
     text = f"""The same problems as chats, whose generation prompt is the mark ` A: `:
 
 {table(head, rows)}
-The base has seen hints in both places, twice as often in the first. The assistant writes what a thought position holds:
-behind a question the mark, then the digits; behind the mark the digits at once. So behind the generation prompt the
-first digit belongs to the mark's own position, which is no thought.
+The base has seen hints in both places, twice as often in the first. A thought position holds what the assistant would
+write next: behind a question the mark, then the digits; behind the mark the digits at once. So behind the generation
+prompt the first digit belongs to the mark's own position, which is no thought.
 """
     return Section("Placement", text)
 
