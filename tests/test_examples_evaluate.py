@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLES, Pair
+from conftest import EXAMPLES, Pair, load_example
 from peft import PeftModel
 from small_data import write_data
 
@@ -192,7 +192,7 @@ def test_other_numbers_of_thoughts(pair: Pair, data: Path, adapter: Path, tmp_pa
     [(9, 4, 1, 3), (8, 4, 1, 4), (3, 4, 1, 4), (10, 4, 2, 3), (11, 7, 2, 7)],
 )
 def test_no_question_is_left_alone(questions: int, size: int, processes: int, expected: int) -> None:
-    assert evaluate.batch_size_for(questions, size, processes) == expected
+    assert load_example("harness").batch_size_for(questions, size, processes) == expected
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,10 @@ def test_no_question_is_left_alone(questions: int, size: int, processes: int, ex
         (["--samples", "0"], "`--samples` must be at least 1, got 0"),
         (["--samples", "3"], "need sampling, but `--temperature` is 0"),
         (["--seeds", "1,2"], "2 seeds need sampling"),
-        (["--controls"], "`--adapter` is missing"),
+        (["--controls"], "there is no `--adapter`"),
+        (["--inference-thoughts", "2"], "there is no `--adapter`"),
+        (["--inference-thoughts", "0"], "`--inference-thoughts` must be at least 1, got 0"),
+        (["--limit", "0"], "`--limit` must be at least 1, got 0"),
         (["--controls", "--adapter", "x", "--batch-size", "1"], "`--batch-size` of at least 2, got 1"),
     ],
 )

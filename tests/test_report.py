@@ -44,6 +44,9 @@ def test_a_share_is_the_mean_over_seeds_with_the_wider_interval() -> None:
     none = share([[0] * 100] * 3)
     assert (none.mean, none.low, none.high) == pytest.approx((0, 0, 1.959964**2 / (300 + 1.959964**2)), abs=1e-6)
     assert str(Share(0.5, 0.25, 0.75)) == "50.0 [25.0, 75.0]"
+    # the same 100 questions three times are 100 questions
+    again = share([[0] * 100] * 3, same_questions=True)
+    assert again.high == pytest.approx(1.959964**2 / (100 + 1.959964**2), abs=1e-6)
 
 
 def test_a_share_stays_between_nothing_and_all() -> None:

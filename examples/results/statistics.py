@@ -24,7 +24,7 @@ class Share:
         return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def share(runs: Runs) -> Share:
+def share(runs: Runs, same_questions: bool = False) -> Share:
     """The mean over seeds, with the wider of two 95 % intervals.
 
     Student's over the seeds' shares knows how far runs differ (with three seeds it is 2.5 times the standard
@@ -33,6 +33,7 @@ def share(runs: Runs) -> Share:
 
     Args:
         runs: For each seed its answers.
+        same_questions: Whether all seeds were asked the same, so that more seeds are not more questions.
 
     Raises:
         ValueError: There is no answer.
@@ -40,9 +41,8 @@ def share(runs: Runs) -> Share:
     if not runs or not all(runs):
         raise ValueError(f"`runs` must hold answers for each seed, got {[len(run) for run in runs]} answers.")
     shares = [mean(run) for run in runs]
-    answers = [answer for run in runs for answer in run]
-    wilson = binomtest(sum(answers), len(answers)).proportion_ci(0.95, method="wilson")
-    middle = mean(shares)
+    middle, questions = mean(shares), len(runs[0]) if same_questions else sum(map(len, runs))
+    wilson = binomtest(round(middle * questions), questions).proportion_ci(0.95, method="wilson")
     half = float(t.ppf(0.975, len(shares) - 1)) * stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
     low, high = min(float(wilson.low), middle - half), max(float(wilson.high), middle + half)
     return Share(middle, max(low, 0.0), min(high, 1.0))
