@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -50,7 +51,10 @@ def sources(pair: Path) -> list[Path]:
 
 
 def prepare() -> None:
-    """Set a worker up: one thread, and no bars but the report's."""
+    """Set a worker up: one thread, no bars but the report's, and an end when the report is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -72,7 +72,7 @@ def bars(panels: Mapping[str, Series], label: str = "right answers, %") -> Draw:
 
 
 def lines(series: Mapping[str, Mapping[int, Share]], xlabel: str, logarithmic: bool = False) -> Draw:
-    """Shares against a number, one line for each name, its interval as a band."""
+    """Shares against a number, one line for each name, its interval as a band; the axis begins at the lowest."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
@@ -86,7 +86,8 @@ def lines(series: Mapping[str, Mapping[int, Share]], xlabel: str, logarithmic: b
         ticks = sorted({x for points in series.values() for x in points})
         axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
         axis.minorticks_off()
-        axis.set(xlabel=xlabel, ylabel="right answers, %", ylim=(0, 104))
+        lowest = min(100 * share.low for points in series.values() for share in points.values())
+        axis.set(xlabel=xlabel, ylabel="right answers, %", ylim=(max(0, lowest - 2), 101))
         figure.legend(loc="outside right upper", frameon=False)
 
     return draw

@@ -155,7 +155,8 @@ def self_consistency(results: Results) -> Section:
 most frequent final result of the first k samples counts:
 
 {table(["system", *(f"k = {k}" for k in VOTERS)], rows)}"""
-    drawn = lines(found, "samples that vote")
+    sampled = {system: shares for system, shares in found.items() if system != "zero-shot"}
+    drawn = lines(sampled, "samples that vote")
     return Section(
         "Self-consistency", text, {"self_consistency": (drawn, (7, 3.2), "Right answers by number of samples")}
     )
@@ -163,16 +164,16 @@ most frequent final result of the first k samples counts:
 
 def placement(results: Results) -> Section:
     """Thoughts at the end of the user turn, or behind the generation prompt."""
-    rows = []
-    for place, name in zip(
-        PLACES, ("end of the user turn", "prompt's end, behind the generation prompt"), strict=True
-    ):
+    rows: list[Sequence[object]] = []
+    found: dict[str, dict[str, Share]] = {"number words": {}, "digits, adapter enabled": {}}
+    for place, name in zip(PLACES, ("end of the user turn", "behind the generation prompt"), strict=True):
         wanted = {"system": "SoftCoT", "place": place}
         read = [answer for run in results.found("characters", **wanted) for answer in run]
         characters = ", ".join(f"{mean(column):.0%}" for column in zip(*read, strict=True))
-        digits = results.share("digits", "right", **wanted)
-        rows.append([name, results.share(**wanted), characters, digits])
-    head = ["thoughts stand at the", "number words", "its first five characters", "digits, adapter enabled"]
+        words, digits = results.share(**wanted), results.share("digits", "right", **wanted)
+        rows.append([name, words, characters, digits])
+        found["number words"][name], found["digits, adapter enabled"][name] = words, digits
+    head = ["thoughts stand", "number words", "its first five characters", "digits, adapter enabled"]
     text = f"""The same problems as chats, whose generation prompt is the mark ` A: `:
 
 {table(head, rows)}
@@ -180,7 +181,7 @@ The base has seen hints in both places, twice as often in the first. A thought p
 write next: behind a question the mark, then the digits; behind the mark the digits at once. So behind the generation
 prompt the first digit belongs to the mark's own position, which is no thought.
 """
-    return Section("Placement", text)
+    return Section("Placement", text, {"placement": (bars(found), (8, 1.4), "Right answers by place of the thoughts")})
 
 
 def assistant_size(results: Results) -> Section:
