@@ -73,7 +73,7 @@ def test_every_link_and_file_that_is_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
-    scripts = re.findall(r"`(?:python )?((?:examples|tests|docs)/[\w/.]+\.\w+)", text)
+    scripts = re.findall(r"`(?:python )?((?:examples|tests|docs|evaluation)/[\w/.-]+\.\w+)", text)
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
