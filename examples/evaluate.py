@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a base, a SoftCoT adapter and its controls.")
     add = parser.add_argument
     add("--base", required=True, help="Hub id or folder of the base")
-    add("--adapter", help="Hub id or folder of a SoftCoT adapter; without one, the base alone is evaluated")
+    add("--adapter", help="Hub id or folder of an adapter, SoftCoT's or another method's; without one, the base alone")
     add("--tasks", default=",".join(TASKS), help="some of %(default)s")
     add("--data-dir", help="folder with the data sets' own files, instead of the Hub")
     add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
@@ -84,9 +84,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"`--controls` needs a `--batch-size` of at least 2, got {args.batch_size}.")
 
 
-def questions(args: argparse.Namespace) -> list[Question]:
-    """The base; with an adapter also SoftCoT; and its controls, which are asked once."""
-    systems = {"base": "no thoughts", "SoftCoT": "soft thoughts"} if args.adapter else {"base": "soft thoughts"}
+def questions(args: argparse.Namespace, method: str) -> list[Question]:
+    """The base; with an adapter also its method; and its controls, which are asked once."""
+    systems = {"base": "no thoughts", method: "soft thoughts"} if args.adapter else {"base": "soft thoughts"}
     controls = {name: name for name in CONTROLS[2:]} if args.controls else {}
     return [
         Question(system, control, task, seed, 1 if system in controls else args.samples)
@@ -135,7 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says at every task how it could be set
     evaluation, settings = Evaluation(args), settings_of(args)
-    files = {question: question.file(args.output_dir / "scores", settings) for question in questions(args)}
+    files = {
+        question: question.file(args.output_dir / "scores", settings)
+        for question in questions(args, evaluation.method)
+    }
     missing = [question for question, file in files.items() if not file.exists()]  # before any process writes one
     for question in tqdm(missing, desc="scores", disable=evaluation.harness.rank != 0):
         score = evaluation.score(question, files[question].with_suffix(""))

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import softcot_peft  # noqa: F401  # registers the method, by which adapters are loaded
+from softcot_peft import SoftCoTConfig
 
 sys.path.append(str(Path(__file__).parents[1]))  # evaluation/ is no installed package
 from evaluation.answers import answered
@@ -107,15 +107,28 @@ class Evaluation:
             dtype="bfloat16" if args.bf16 else "float32",
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        self.method = "SoftCoT"
         self.number = self.set_number() if args.adapter else 0
         # A base that has no turns goes on with another question, as in its examples.
         self.until = ["\n\n"] if args.num_fewshot and self.tokenizer.chat_template is None else []
         self.task: Callable[[str, int], ConfigurableTask] = lru_cache(2)(partial(load_task, self.manager))
 
     def set_number(self) -> int:
-        """Set the number of thoughts that was asked for, and tell which it is."""
-        config = self.harness.model.peft_config[self.harness.model.active_adapter]
-        config.inference_num_thought_tokens = self.args.inference_thoughts or config.inference_num_thought_tokens
+        """Set the number of thoughts that was asked for, and tell which it is; 0 for an adapter of another method.
+
+        Raises:
+            ValueError: Thoughts are to be changed where there are none.
+        """
+        args, config = self.args, self.harness.model.peft_config[self.harness.model.active_adapter]
+        if not isinstance(config, SoftCoTConfig):
+            self.method = str(config.peft_type.value)
+            if args.controls or args.inference_thoughts:
+                raise ValueError(
+                    f"`--controls` and `--inference-thoughts` change thoughts, but {args.adapter!r} is an adapter of "
+                    f"the method {self.method}. Leave them out."
+                )
+            return 0
+        config.inference_num_thought_tokens = args.inference_thoughts or config.inference_num_thought_tokens
         return config.inference_num_thought_tokens or config.num_thought_tokens
 
     def asked(self, task: ConfigurableTask) -> int:

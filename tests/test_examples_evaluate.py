@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXAMPLES, Pair, load_example
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from small_data import write_data
 
 from softcot_peft import with_thought_tokens
@@ -178,6 +178,18 @@ def test_a_base_alone_without_a_chat_template_and_with_examples(pair: Pair, data
     (row, _) = logged(tmp_path / "out", "gsm8k", "base")
     assert "Answer: " in row["arguments"]["gen_args_0"]["arg_0"]  # the example's solution
     assert row["arguments"]["gen_args_0"]["arg_1"]["until"] == ["\n\n"]
+
+
+def test_adapters_of_other_methods_are_evaluated_and_have_no_controls(pair: Pair, data: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(pair.load_base(), lora).save_pretrained(tmp_path / "lora")
+    options = ("--adapter", str(tmp_path / "lora"), "--tasks", "aqua")
+    scores = run(pair, data, tmp_path, *options)["scores"]
+    assert [score["system"] for score in scores] == ["base", "LORA"]
+    written = [[row["resps"] for row in logged(tmp_path, "aqua", system)] for system in ("base", "LORA")]
+    assert written[0] != written[1]
+    with pytest.raises(ValueError, match=r"change thoughts, but .* is an adapter of the method LORA"):
+        run(pair, data, tmp_path, *options, "--controls")
 
 
 def test_other_numbers_of_thoughts(pair: Pair, data: Path, adapter: Path, tmp_path: Path) -> None:
