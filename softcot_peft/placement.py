@@ -141,7 +141,7 @@ def locate(
             prompt = attended & (columns < start[:, None])
             raise ValueError(_explain(name, counts, run_start, run_end, first_label, prompt))
     if run_required and not num_run:
-        if input_ids is not None and (input_ids == thought_token_id).any():
+        if input_ids is not None and thought_token_id is not None and input_ids.eq(thought_token_id).any():
             raise ValueError(
                 "`attention_mask` must not hide the run of `thought_token`, but is 0 wherever `input_ids` hold it. "
                 "Pass the tokenizer's mask: without one, `generate` hides the padding token, perhaps the same token."
