@@ -42,8 +42,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, help="rounds of each measurement; the size has a number of its own")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     add("--threads", type=int, help="of torch; as many as it takes by itself")
-    add("--docs", type=Path, default=ROOT / "docs", help="folder of performance.md and its figures")
+    add("--docs", type=Path, help="folder of performance.md and its figures; runs/bench for smoke, else docs")
     args = parser.parse_args(argv)
+    args.docs = args.docs or ROOT / ("runs/bench" if args.size == "smoke" else "docs")
     if args.device == "cpu" and SIZES[args.size].cuda_only:
         parser.error(f"`--size {args.size}` needs `--device cuda`.")
     if args.repeats is not None and args.repeats < 1:
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     # peft 0.21 reads an attribute that transformers 5.23 renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    # peft's own, in every `generate` of its prompt tuning
+    warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
     size = SIZES[args.size]
     bench = Bench(size, args.device, args.repeats or size.repeats)
     file = args.docs / "performance" / f"{args.size}-{args.device}.json"

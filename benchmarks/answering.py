@@ -79,27 +79,23 @@ class Ticks(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def softcot(pair: Pair, num: int) -> Ask:
-    """`generate` of the package, as its users call it; it gives the new ids alone."""
-    model = attach(pair, num)
-    return lambda ids, mask, **settings: _new(model, ids, mask, **settings)
+def called(model: nn.Module) -> Ask:
+    """`generate` of a model, as its users call it; it gives the new ids alone."""
+    model.eval()
+    return lambda ids, mask, **settings: model.generate(input_ids=ids, attention_mask=mask, **settings)[
+        :, ids.shape[1] :
+    ]
 
 
-def base_alone(pair: Pair) -> Ask:
-    """`generate` of the base, without thoughts."""
-    model = twin(pair.base)
-    return lambda ids, mask, **settings: _new(model, ids, mask, **settings)
-
-
-def disabled(pair: Pair, num: int) -> tuple[nn.Module, Ask]:
-    """A base with a disabled adapter, and its `generate`."""
+def disabled(pair: Pair, num: int) -> nn.Module:
+    """A base with a disabled adapter."""
     model = attach(pair, num)
     model.base_model.disable_adapter_layers()
-    return model, lambda ids, mask, **settings: _new(model, ids, mask, **settings)
+    return model
 
 
 def bare(pair: Pair, num: int) -> Ask:
-    """The same as `softcot` by the bare operations: the assistant's backbone, then the base's own `generate`."""
+    """SoftCoT's `generate` by the bare operations: the assistant's backbone, then the base's own `generate`."""
     base, projection = twin(pair.base), projection_of(attach(pair, num))
 
     @torch.no_grad()
@@ -112,10 +108,6 @@ def bare(pair: Pair, num: int) -> Ask:
         return base.generate(inputs_embeds=torch.cat([embedded, thoughts], 1), attention_mask=placed, **settings)
 
     return ask
-
-
-def _new(model: nn.Module, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-    return model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
 
 
 def answer(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device, **settings: Any) -> Tensor:
@@ -141,8 +133,19 @@ def evaluate(ask: Ask, questions: Sequence[tuple[Tensor, int]], at_once: int, de
         at_once: Rows of a batch.
         device: Where the models are.
     """
+    return [answer(ask, batch, device) for batch in batches(questions, at_once)]
+
+
+def batches(questions: Sequence[tuple[Tensor, int]], at_once: int) -> list[list[tuple[Tensor, int]]]:
+    """Questions of like length together."""
     by_length = sorted(questions, key=lambda question: len(question[0]))
-    return [answer(ask, by_length[start : start + at_once], device) for start in range(0, len(by_length), at_once)]
+    return [by_length[start : start + at_once] for start in range(0, len(by_length), at_once)]
+
+
+def busy(questions: Sequence[tuple[Tensor, int]], at_once: int) -> float:
+    """The share of a batch's steps in which a row still writes; it waits for the longest answer afterwards."""
+    steps = sum(len(batch) * max(length for _, length in batch) for batch in batches(questions, at_once))
+    return sum(length for _, length in questions) / steps
 
 
 def step_seconds(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device) -> float:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from .rivals import BASE, CACHED, FLOOR, NO_ASSISTANT, PLAIN, SOFTCOT
-from .sections import BARE, BATCHED, DISABLED, SINGLE
+from .sections import BARE, BASE_AGAIN, BATCHED, DISABLED, SINGLE
 from .timing import Spread, ratio
 
 
@@ -99,7 +99,8 @@ def _evaluation(found: dict[str, Any]) -> Iterator[Goal]:
         "evaluation: one at a time / in batches",
         4,
         ratio(times, f"{SOFTCOT}, {SINGLE}", f"{SOFTCOT}, {BATCHED}"),
-        f"a batch goes on until its longest answer ends; in batches the package takes {own:.2f} of base + assistant",
+        f"a row writes in {found['busy']:.0%} of its batch's steps, then waits for the longest answer; in batches the "
+        f"package takes {own:.2f} of base + assistant",
         at_least=True,
     )
 
@@ -125,7 +126,8 @@ def _generation(found: dict[str, Any]) -> Iterator[Goal]:
             f"{name}, disabled / base's",
             1.02,
             ratio(times, DISABLED, BASE),
-            f"hooks that return at once: {_added(times, DISABLED, BASE)}",
+            f"hooks that return at once: {_added(times, DISABLED, BASE)}; noise, the base against itself: "
+            f"{ratio(times, BASE_AGAIN, BASE)}",
         )
 
 

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from results.figures import Draw, looks, save
 
 from .goals import goals, shares
@@ -153,6 +154,7 @@ def _curves(found: Mapping[str, list[dict[str, Any]]], kind: str, label: str, sc
                     across, [s.low for s in spreads], [s.high for s in spreads], alpha=0.15, color=colour, lw=0
                 )
             axis.set(xlabel=LABELS[what], ylim=(0, None))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].set(ylabel=label)
         figure.legend(loc="outside right upper", frameon=False)
 

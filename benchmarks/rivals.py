@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import timer
@@ -153,8 +153,8 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
         NO_ASSISTANT: lambda: _floor(
             pair, projection, batch, assistant_states(pair, batch.assistant_ids, batch.assistant_mask, num)
         ),
-        PROMPT_TUNING: lambda: _called(get_peft_model(twin(pair.base), _prompt_tuning(num)), batch),
-        LORA: lambda: _called(get_peft_model(twin(pair.base), _lora()), batch),
+        PROMPT_TUNING: lambda: _called(prompt_tuning(pair, num), batch),
+        LORA: lambda: _called(lora(pair), batch),
         BASE: lambda: _base(pair, batch),
         # CACHED goes here, as its users train with it, when the package can train with thoughts computed once.
     }
@@ -163,12 +163,15 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
     return {name: make() for name, make in makers.items() if only is None or name in only}
 
 
-def _lora() -> LoraConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+def lora(pair: Pair) -> PeftModel:
+    """A twin of the base with PEFT's LoRA."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    return get_peft_model(twin(pair.base), config)
 
 
-def _prompt_tuning(num: int) -> PromptTuningConfig:
-    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num)
+def prompt_tuning(pair: Pair, num: int) -> PeftModel:
+    """A twin of the base with PEFT's prompt tuning, `num` virtual tokens."""
+    return get_peft_model(twin(pair.base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num))
 
 
 def _called(model: nn.Module, batch: Batch) -> Step:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from . import answering, rivals, starting
 from .memory import peak
-from .models import Batch, Pair, attach, make_batch, make_pair, projection_of
+from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, twin
 from .sizes import Case, Size
 from .timing import interleave, own
 
 GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
 BATCHED, SINGLE = "in batches", "one at a time"
-BARE, DISABLED = "base + assistant", "disabled"
+BARE, DISABLED, BASE_AGAIN = "base + assistant", "disabled", "base again"
 
 
 @dataclass
@@ -88,26 +88,29 @@ def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
 
 
 def evaluation(bench: Bench) -> dict[str, Any]:
-    """Seconds of answering all questions in batches and one at a time; peak bytes of the first batch."""
+    """Seconds of answering all questions in batches and one at a time; peak bytes of the batch with the longest."""
     size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
     questions = answering.make_questions(size.questions, size.longest_answer, size.vocabulary)
-    softcot = answering.softcot(bench.pair, num)
-    asks = {
-        rivals.SOFTCOT: softcot,
-        BARE: answering.bare(bench.pair, num),
-        rivals.BASE: answering.base_alone(bench.pair),
+    models = {
+        rivals.SOFTCOT: attach(bench.pair, num),
+        rivals.BASE: twin(bench.pair.base),
+        rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num),
+        rivals.LORA: rivals.lora(bench.pair),
     }
+    asks = {name: answering.called(model) for name, model in models.items()}
+    asks[BARE] = answering.bare(bench.pair, num)
     actions = {
-        f"{name}, {how}": lambda ask=ask, rows=rows: answering.evaluate(ask, questions, rows, device)
+        f"{name}, {how}": partial(answering.evaluate, ask, questions, rows, device)
         for name, ask in asks.items()
         for how, rows in ((BATCHED, size.questions_at_once), (SINGLE, 1))
         if how == BATCHED or name == rivals.SOFTCOT
     }
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
     return {
+        "busy": answering.busy(questions, size.questions_at_once),
         "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3)),
         "peak_bytes": {
-            name: peak(lambda ask=ask: answering.answer(ask, longest, device), device) for name, ask in asks.items()
+            name: peak(partial(answering.answer, ask, longest, device), device) for name, ask in asks.items()
         },
     }
 
@@ -116,12 +119,13 @@ def generation(bench: Bench) -> dict[str, Any]:
     """`generate` and its single steps, with the adapter, with it disabled, and without."""
     size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
     questions = answering.make_questions(size.questions_at_once, size.longest_answer, size.vocabulary)
-    model, asked = answering.disabled(bench.pair, num)
+    model = answering.disabled(bench.pair, num)
     asks = {
-        rivals.SOFTCOT: answering.softcot(bench.pair, num),
+        rivals.SOFTCOT: answering.called(attach(bench.pair, num)),
         BARE: answering.bare(bench.pair, num),
-        DISABLED: asked,
-        rivals.BASE: answering.base_alone(bench.pair),
+        DISABLED: answering.called(model),
+        rivals.BASE: answering.called(twin(bench.pair.base)),
+        BASE_AGAIN: answering.called(twin(bench.pair.base)),
     }
     batch = bench.batch(size.case)
     inputs = {name: batch.rows[name] for name in ("input_ids", "attention_mask")}
@@ -131,16 +135,21 @@ def generation(bench: Bench) -> dict[str, Any]:
 
     return {
         "generate": bench.time(
-            {name: lambda ask=ask: answering.answer(ask, questions, device) for name, ask in asks.items()}, "generate"
+            {name: partial(answering.answer, ask, questions, device) for name, ask in asks.items()}, "generate"
         ),
         "tokens": max(length for _, length in questions),
         "step": bench.time(
-            {name: lambda ask=ask: answering.step_seconds(ask, questions, device) for name, ask in asks.items()},
+            {name: partial(answering.step_seconds, ask, questions, device) for name, ask in asks.items()},
             "decoding",
             clock=own,
         ),
         "forward": bench.time(
-            {DISABLED: forward(model), rivals.BASE: forward(bench.pair.base)}, "disabled forward", warmup=2
+            {
+                DISABLED: forward(model),
+                rivals.BASE: forward(bench.pair.base),
+                BASE_AGAIN: forward(twin(bench.pair.base)),
+            },
+            "disabled forward",
         ),
     }
 

@@ -65,6 +65,15 @@ def states(pair: Pair, batch: Batch) -> Tensor:
     return rivals.assistant_states(pair, batch.assistant_ids, batch.assistant_mask, batch.num_thoughts)
 
 
+def test_bfloat16_has_nearly_the_same_loss() -> None:
+    pair = make_pair(replace(SMOKE, dtype="bfloat16"), "cpu")
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    losses = [
+        step().item() for step in rivals.steps(pair, batch, (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR)).values()
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=0.02)
+
+
 def test_the_losses_depend_on_the_thoughts(pair: Pair) -> None:
     batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
     projection = projection_of(attach(pair, SMOKE.case.thoughts))
@@ -113,9 +122,9 @@ def test_a_twin_has_its_own_modules_and_the_same_weights(pair: Pair) -> None:
 
 def test_generation_is_that_of_the_bare_operations_and_disabled_that_of_the_base(pair: Pair) -> None:
     questions, num = answering.make_questions(5, 6, SMOKE.vocabulary), SMOKE.case.thoughts
-    _, disabled = answering.disabled(pair, num)
-    asks = [answering.softcot(pair, num), answering.bare(pair, num), disabled, answering.base_alone(pair)]
-    with_thoughts, bare, off, base = (answering.answer(ask, questions, pair.device) for ask in asks)
+    models = attach(pair, num), answering.disabled(pair, num), pair.base
+    asks = [answering.bare(pair, num), *map(answering.called, models)]
+    bare, with_thoughts, off, base = (answering.answer(ask, questions, pair.device) for ask in asks)
     assert torch.equal(with_thoughts, bare)
     assert torch.equal(off, base)
     assert not torch.equal(with_thoughts, base)
@@ -124,11 +133,13 @@ def test_generation_is_that_of_the_bare_operations_and_disabled_that_of_the_base
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_every_question_is_answered_as_long_as_it_is_told(pair: Pair, at_once: int) -> None:
     questions = [(torch.arange(3, 3 + length), end) for length, end in ((9, 2), (4, 5), (7, 1), (5, 3), (6, 4))]
-    answers = answering.evaluate(answering.base_alone(pair), questions, at_once, pair.device)
+    answers = answering.evaluate(answering.called(pair.base), questions, at_once, pair.device)
     ends = [int((row == EOS).nonzero()[0, 0]) + 1 for batch in answers for row in batch]
     assert ends == [5, 3, 4, 1, 2]  # by the lengths of the prompts
     assert max(len(batch) for batch in answers) == at_once
-    assert answering.step_seconds(answering.base_alone(pair), questions, pair.device) > 0
+    rows = {1: 15, 2: 2 * 5 + 2 * 4 + 2, 5: 5 * 5}[at_once]
+    assert answering.busy(questions, at_once) == 15 / rows
+    assert answering.step_seconds(answering.called(pair.base), questions, pair.device) > 0
 
 
 def test_lengths_follow_the_deciles() -> None:
