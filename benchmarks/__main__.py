@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .page import write
-from .sections import SECTIONS, Bench
+from .sections import FORMAT, SECTIONS, Bench
 from .sizes import SIZES
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = SIZES[args.size]
     bench = Bench(size, args.device, args.repeats or size.repeats)
     file = args.docs / "performance" / f"{args.size}-{args.device}.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"sections": {}}
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if results.get("format") != FORMAT:
+        results = {"format": FORMAT, "sections": {}}
     file.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
     results |= {"size": args.size, "device": args.device, "parameters": bench.parameters()}

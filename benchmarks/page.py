@@ -15,6 +15,7 @@ from results.figures import Draw, looks, save
 
 from .goals import goals, shares
 from .rivals import AGAIN, CACHED, FLOOR, PLAIN, PLAIN_PATH, WHAT
+from .sections import FORMAT
 from .sizes import SIZES
 from .timing import Spread, ratio
 
@@ -25,7 +26,8 @@ Written by `make bench`, with all its tables and figures; do not edit.
 Every figure stands beside its rival's: both ran in the same process, in turns (A B C, C B A, ...), after a warm-up.
 Ratios are made of the two times of one round; what is shown is their median and, in brackets, their quartiles. Times
 are of forward and backward, without the optimizer, which is the same for all. Memory is the peak above the loaded
-weights: on a CPU the bytes of all tensors alive at once, on CUDA the allocator's count. Weights are random, and all
+weights: on a CPU the bytes of all tensors alive at once, on CUDA the allocator's count. Multiplications are those of
+linear layers, forward and backward; no attention. Weights are random, and all
 rivals share them; nothing is downloaded. Every single time is in the JSON file of a run, beside this page.
 
 The rivals of a training step:
@@ -47,6 +49,7 @@ def write(docs: Path) -> None:
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     parts = [HEAD.format(rivals="\n".join(f"- **{name}**: {what}." for name, what in WHAT.items()))]
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in (docs / "performance").glob("*.json")]
+    runs = [results for results in runs if results.get("format") == FORMAT]
     for results in sorted(runs, key=lambda run: (run["device"], -list(SIZES).index(run["size"]))):
         parts += _run(results, docs / "figures")
     half = docs / "performance.md.half"
@@ -78,15 +81,17 @@ def _ran(section: Mapping[str, Any]) -> str:
 
 def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
     for case in cases:
-        times, memory = case["seconds"], case["peak_bytes"]
+        times, memory, counted = case["seconds"], case["peak_bytes"], case["multiplications"]
         yield (
-            f"{case['text']}:\n\n| step | ms | of plain | of the floor | peak MB | of plain |\n"
-            "| --- | --- | --- | --- | --- | --- |"
+            f"{case['text']}:\n\n"
+            "| step | ms | of plain | of the floor | peak MB | of plain | multiplications, of plain |\n"
+            "| --- | --- | --- | --- | --- | --- | --- |"
         )
         for name, found in times.items():
             yield (
                 f"| {name} | {1e3 * median(found):,.1f} | {ratio(times, name, PLAIN)} | {ratio(times, name, FLOOR)} "
-                f"| {memory[name] / 1e6:,.1f} | {memory[name] / memory[PLAIN]:.2f} |"
+                f"| {memory[name] / 1e6:,.1f} | {memory[name] / memory[PLAIN]:.2f} "
+                f"| {counted[name] / counted[PLAIN]:.2f} |"
             )
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(case["parts"]).items())
         noise = ratio(times, AGAIN, FLOOR)

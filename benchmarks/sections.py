@@ -13,8 +13,9 @@ from . import answering, rivals, starting
 from .memory import peak
 from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, twin
 from .sizes import Case, Size
-from .timing import interleave, own
+from .timing import interleave, multiplications, own
 
+FORMAT = 1  # of the results; those of another one are measured anew
 GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
 BATCHED, SINGLE = "in batches", "one at a time"
 BARE, DISABLED, BASE_AGAIN = "base + assistant", "disabled", "base again"
@@ -53,7 +54,7 @@ class Bench:
 
 
 def training(bench: Bench) -> list[dict[str, Any]]:
-    """Each case: seconds and peak bytes of every rival's step, and seconds of the floor's parts."""
+    """Each case: time, memory and multiplications of every rival's step, and the floor's parts."""
     found = []
     for case in bench.size.cases:
         batch = bench.batch(case)
@@ -67,6 +68,7 @@ def training(bench: Bench) -> list[dict[str, Any]]:
                 "text": str(case),
                 "seconds": times,
                 "peak_bytes": {name: peak(step, bench.pair.device) for name, step in steps.items()},
+                "multiplications": {name: multiplications(step) for name, step in steps.items()},
                 "parts": {name: [part[name] for part in parts] for name in parts[0]},
             }
         )

@@ -1,4 +1,4 @@
-"""Times rivals in turns, so that what else the machine does falls on all of them alike. It knows no models."""
+"""Times rivals in turns, so that what else the machine does falls on all of them alike; counts multiplications."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
+import torch
 from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import trange
 
 Times = dict[str, list[float]]
@@ -51,6 +53,16 @@ def interleave(
         finally:
             gc.enable()
     return {name: found[warmup:] for name, found in times.items()}
+
+
+def multiplications(action: Callable[[], Any]) -> int:
+    """Multiplications of the linear layers, forward and backward; attention's are not counted."""
+    with FlopCounterMode(display=False) as counted:
+        action()
+    counts = counted.get_flop_counts().get("Global", {})
+    return (
+        sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+    )  # and as many sums
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from benchmarks import answering, rivals, starting
 from benchmarks.goals import Goal, goals
 from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
 from benchmarks.sizes import SIZES, Case
-from benchmarks.timing import Spread, interleave, ratio
+from benchmarks.timing import Spread, interleave, multiplications, ratio
 
 SMOKE = SIZES["smoke"]
 CASES = [*SMOKE.cases, Case(batch=3, prompt=9, thoughts=1, response=1), Case(4, 14, 5, 11, ragged=True)]
@@ -167,9 +167,16 @@ def test_rivals_take_turns_in_both_orders_and_warm_up_uncounted() -> None:
 
 
 def test_ratios_are_those_of_each_round() -> None:
-    times = {"one": [1.0, 20.0, 3.0], "other": [2.0, 10.0, 3.0]}
-    assert ratio(times, "one", "other") == Spread(1.0, 0.75, 1.5)
+    times = {"one": [1.0, 20.0, 3.0], "other": [2.0, 10.0, 12.0]}
+    assert ratio(times, "one", "other") == Spread(0.5, 0.375, 1.25)
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_multiplications_are_those_of_linear_layers_forward_and_backward() -> None:
+    layer, rows = torch.nn.Linear(5, 7), torch.ones(3, 5)
+    assert multiplications(lambda: layer(rows)) == 3 * 5 * 7
+    assert multiplications(lambda: layer(rows).sum().backward()) == 2 * 3 * 5 * 7  # and the weights' gradient
+    assert multiplications(lambda: rows + 1) == 0
 
 
 @pytest.mark.parametrize(("found", "met"), [(1.02, "yes"), (1.03, "no"), (None, "not offered yet")])
@@ -218,9 +225,12 @@ def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path) -> Non
     assert ran["repeats"] == 1
     assert ran["threads"] == torch.get_num_threads()
 
+    other = tmp_path / "performance" / "small-cpu.json"
+    other.write_text(json.dumps(results | {"format": 0, "size": "small"}), encoding="utf-8")
     command.main([*arguments[:-2], "2", "--only", "generation"])  # the other sections stay as they were
     again = json.loads(file.read_text(encoding="utf-8"))["sections"]
     assert again["training"] == results["sections"]["training"]
+    assert "Size `small`" not in (tmp_path / "performance.md").read_text(encoding="utf-8")  # of another format
     assert len(again["generation"]["found"]["generate"][rivals.SOFTCOT]) == 2
 
 
