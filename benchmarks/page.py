@@ -27,8 +27,8 @@ Every figure stands beside its rival's: both ran in the same process, in turns (
 Ratios are made of the two times of one round; what is shown is their median and, in brackets, their quartiles. Times
 are of forward and backward, without the optimizer, which is the same for all. Memory is the peak above the loaded
 weights: on a CPU the bytes of all tensors alive at once, on CUDA the allocator's count. Multiplications are those of
-linear layers, forward and backward; no attention. Weights are random, and all
-rivals share them; nothing is downloaded. Every single time is in the JSON file of a run, beside this page.
+linear layers, forward and backward; no attention. Weights are random, and all rivals share them; nothing is
+downloaded. Every single time is in the JSON file of a run, in the folder `performance` beside this page.
 
 The rivals of a training step:
 
@@ -74,7 +74,7 @@ def _ran(section: Mapping[str, Any]) -> str:
     """The command and what it ran in."""
     ran = section["environment"]
     libraries = ", ".join(f"{name} {number}" for name, number in ran["libraries"].items())
-    where = ran["accelerator"] or f"{ran['processor']}, {ran['threads']} threads on {ran['cores']} cores"
+    where = ran["accelerator"] or f"{ran['processor']}, threads: {ran['threads']} on {ran['cores']} cores"
     busy = "" if ran["load"] is None else f"; load {ran['load']} before and {ran['load_after']} after"
     return f"`{section['command']}`, {ran['repeats']} rounds; {where}; {libraries}, Python {ran['python']}{busy}."
 
@@ -102,12 +102,17 @@ def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
 
 
 def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
+    yield (
+        f"{found['questions']} prompts as long as GSM8K's questions, with greedy answers as long as its, of at most "
+        f"{found['longest']} tokens; batches of {found['at_once']}, prompts of like length together.\n"
+    )
     yield from _times(found["seconds"], "all answers", 1)
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())
     yield f"\nPeak memory of a batch: {peaks}.\n"
 
 
 def _generation(found: dict[str, Any], path: Path) -> Iterator[str]:
+    yield f"One batch of {found['rows']} such prompts; the forward is over the rows of a training batch.\n"
     for name, what in (("generate", "`generate`"), ("step", "decode step"), ("forward", "forward")):
         yield from _times(found[name], what, 1e3)
         yield ""
@@ -159,7 +164,7 @@ def _curves(found: Mapping[str, list[dict[str, Any]]], kind: str, label: str, sc
                     across, [s.low for s in spreads], [s.high for s in spreads], alpha=0.15, color=colour, lw=0
                 )
             axis.set(xlabel=LABELS[what], ylim=(0, None))
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes[0].set(ylabel=label)
         figure.legend(loc="outside right upper", frameon=False)
 

@@ -109,6 +109,9 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     }
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
     return {
+        "questions": size.questions,
+        "longest": size.longest_answer,
+        "at_once": size.questions_at_once,
         "busy": answering.busy(questions, size.questions_at_once),
         "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3)),
         "peak_bytes": {
@@ -139,6 +142,7 @@ def generation(bench: Bench) -> dict[str, Any]:
         "generate": bench.time(
             {name: partial(answering.answer, ask, questions, device) for name, ask in asks.items()}, "generate"
         ),
+        "rows": len(questions),
         "tokens": max(length for _, length in questions),
         "step": bench.time(
             {name: partial(answering.step_seconds, ask, questions, device) for name, ask in asks.items()},
