@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
+from .goals import goals
 from .page import write
 from .sections import FORMAT, SECTIONS, Bench
 from .sizes import SIZES
@@ -110,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         os.replace(half, file)  # whole, whenever the run is stopped
     write(args.docs)
+    for goal in goals(results["sections"]):
+        print("; ".join(goal.columns))
     print(f"{args.docs / 'performance.md'} is written. {(time.monotonic() - began) / 60:.0f} minutes.")
 
 

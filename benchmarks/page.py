@@ -40,6 +40,14 @@ Larger models: `make bench SIZE=issue`, and `SIZE=7b` where there is an accelera
 LABELS = {"thoughts": "thoughts, N", "prompt": "tokens of the prompt", "batch": "rows of a batch"}
 
 
+_GENERATED = {
+    "generate": "`generate`",
+    "step": "decode step",
+    "step of one row": "decode step of one row",
+    "forward": "forward",
+}
+
+
 def write(docs: Path) -> None:
     """Write the page and its figures.
 
@@ -113,7 +121,7 @@ def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
 
 def _generation(found: dict[str, Any], path: Path) -> Iterator[str]:
     yield f"One batch of {found['rows']} such prompts; the forward is over the rows of a training batch.\n"
-    for name, what in (("generate", "`generate`"), ("step", "decode step"), ("forward", "forward")):
+    for name, what in _GENERATED.items():
         yield from _times(found[name], what, 1e3)
         yield ""
 

@@ -108,12 +108,14 @@ def evaluation(bench: Bench) -> dict[str, Any]:
         if how == BATCHED or name == rivals.SOFTCOT
     }
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
+    for ask in asks.values():
+        answering.answer(ask, longest, device)  # warms up; a whole round would take long
     return {
         "questions": size.questions,
         "longest": size.longest_answer,
         "at_once": size.questions_at_once,
         "busy": answering.busy(questions, size.questions_at_once),
-        "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3)),
+        "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3), warmup=0),
         "peak_bytes": {
             name: peak(partial(answering.answer, ask, longest, device), device) for name, ask in asks.items()
         },
@@ -138,17 +140,15 @@ def generation(bench: Bench) -> dict[str, Any]:
     def forward(module: torch.nn.Module) -> Callable[[], Any]:
         return torch.no_grad()(lambda: module(**inputs, logits_to_keep=1, use_cache=False))
 
+    def each(function: Callable[..., Any], rows: int) -> dict[str, Callable[[], Any]]:
+        return {name: partial(function, ask, questions[:rows], device) for name, ask in asks.items()}
+
     return {
-        "generate": bench.time(
-            {name: partial(answering.answer, ask, questions, device) for name, ask in asks.items()}, "generate"
-        ),
         "rows": len(questions),
         "tokens": max(length for _, length in questions),
-        "step": bench.time(
-            {name: partial(answering.step_seconds, ask, questions, device) for name, ask in asks.items()},
-            "decoding",
-            clock=own,
-        ),
+        "generate": bench.time(each(answering.answer, len(questions)), "generate"),
+        "step": bench.time(each(answering.step_seconds, len(questions)), "decoding", clock=own),
+        "step of one row": bench.time(each(answering.step_seconds, 1), "decoding one row", clock=own),
         "forward": bench.time(
             {
                 DISABLED: forward(model),

@@ -120,6 +120,7 @@ SIZES = {
         vocabulary=128256,
         case=Case(batch=4, prompt=220, thoughts=32, response=150),
         grow={"thoughts": (1, 4, 8, 16, 32, 64), "prompt": (55, 110, 220, 440, 880), "batch": (1, 2, 4, 8)},
+        longest_answer=128,
         repeats=11,
         processes=21,
         dtype="bfloat16",

@@ -205,7 +205,7 @@ def test_imports_are_timed_in_fresh_processes() -> None:
     assert not any(name.startswith(("torch.", "peft.")) for name in slowest)
 
 
-def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path) -> None:
+def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--size", "smoke", "--device", "cpu", "--docs", str(tmp_path), "--repeats", "1", "--only"]
     command.main([*arguments, "generation", "training", "evaluation", "growth"])
     file = tmp_path / "performance" / "smoke-cpu.json"
@@ -213,8 +213,10 @@ def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path) -> Non
     measured = {goal.what.partition(";")[0] for goal in goals(results["sections"])}
     assert {"training step / plain", "training step / floor", "`generate` / base + assistant"} <= measured
     page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
     for goal in goals(results["sections"]):
         assert goal.row() in page
+        assert "; ".join(goal.columns) in printed
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"performance-smoke-cpu-{kind}-{theme}.png"
         for kind in ("seconds", "peak_bytes")
