@@ -4,8 +4,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 JOBS ?= 2
+# Of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
+SIZE ?= small
 
-.PHONY: quickstart report test conformance fuzz check style clean
+.PHONY: quickstart report bench test conformance fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -26,6 +28,9 @@ quickstart: .venv/base  ## train and use an adapter on the small pair, offline, 
 
 report: .venv/report  ## every system and control on the small pair, 3 seeds; writes docs/results.md; goes on if stopped
 	$(BIN)/python examples/report.py
+
+bench: .venv/report  ## SoftCoT's time and memory beside its rivals'; writes docs/performance.md
+	$(BIN)/python -m benchmarks --size $(SIZE)
 
 test: .venv/dev  ## the whole test suite, network off, warnings as errors
 	$(BIN)/python -m pytest -n $(JOBS)

@@ -1,8 +1,7 @@
-"""Peak memory without clocks or allocators: the bytes of all tensors alive at once, the same in every run."""
+"""What is run to find its peak memory: a tiny pair with positions for long prompts, and its base alone."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,50 +9,11 @@ import torch
 from conftest import make_assistant, make_base, make_base_tokenizer
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from softcot_peft import SoftCoTConfig, use_assistant
 
 LONGEST = 16384
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside of it that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
-def peak_bytes(run: Callable[..., Any], *args: Any) -> int:
-    """The peak of the bytes alive while a function runs, over what there was before."""
-    with PeakBytes() as counted:
-        result = run(*args)
-    del result
-    return counted.peak
 
 
 def make_model(num_thoughts: int) -> PeftModel:

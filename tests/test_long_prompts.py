@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peak import RUNS, make_base_alone, make_batch, make_model, peak_bytes
+from peak import RUNS, make_base_alone, make_batch, make_model
 
 import softcot_peft.assistant
+from benchmarks.memory import peak_bytes
 
 SIZES = [  # batch, tokens, thoughts
     (1, 512, 8),
@@ -35,6 +36,11 @@ def test_the_peak_is_that_of_the_tensors_alive_at_once() -> None:
             table = table + table.T  # the old one is alive until here
 
     assert peak_bytes(run) == 2 * 100 * 100 * 4
+
+
+def test_the_peak_leaves_out_what_was_there_before_views_of_it_too() -> None:
+    layer, row = torch.nn.Linear(300, 200), torch.ones(1, 300)
+    assert peak_bytes(lambda: layer(row)) == 200 * 4
 
 
 def test_attention_that_makes_its_table_is_found_quadratic() -> None:

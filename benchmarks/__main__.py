@@ -1,0 +1,120 @@
+r"""Measure what SoftCoT costs beside its rivals, and write `docs/performance.md`; `make bench` calls it.
+
+    python -m benchmarks [--size smoke|small|issue|7b] [--device cpu|cuda] [--repeats R] [--only SECTION ...]
+
+The results of each size and device are kept beside the page, which shows all of them. With `--only`, the other
+sections of an earlier run of the same size and device stay as they are, each with the environment that it ran in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from .goals import goals
+from .page import write
+from .sections import FORMAT, SECTIONS, Bench
+from .sizes import SIZES
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = ("torch", "transformers", "peft", "softcot-peft")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what SoftCoT costs.")
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="small", help="models and batches; issue and 7b take an hour")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--repeats", type=int, help="rounds of each measurement; the size has a number of its own")
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    add("--threads", type=int, help="of torch; as many as it takes by itself")
+    add("--docs", type=Path, help="folder of performance.md and its figures; runs/bench for smoke, else docs")
+    args = parser.parse_args(argv)
+    args.docs = args.docs or ROOT / ("runs/bench" if args.size == "smoke" else "docs")
+    if args.device == "cpu" and SIZES[args.size].cuda_only:
+        parser.error(f"`--size {args.size}` needs `--device cuda`.")
+    if args.repeats is not None and args.repeats < 1:
+        parser.error(f"`--repeats` must be at least 1, got {args.repeats}.")
+    return args
+
+
+def environment(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """What a figure depends on, beside the code."""
+    on_cuda = args.device == "cuda"
+    return {
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if on_cuda else None,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "repeats": repeats,
+        "load": load(),
+    }
+
+
+def processor() -> str:
+    """The processor's model, as Linux knows it, else as Python does."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def load() -> float | None:
+    """How many processes wanted to run in the last minute; `None` where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the sections that are wanted, then write the page."""
+    args, began = parse_args(argv), time.monotonic()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # peft 0.21 reads an attribute that transformers 5.23 renamed
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    # peft's own, in every `generate` of its prompt tuning
+    warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
+    size = SIZES[args.size]
+    bench = Bench(size, args.device, args.repeats or size.repeats)
+    file = args.docs / "performance" / f"{args.size}-{args.device}.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if results.get("format") != FORMAT:
+        results = {"format": FORMAT, "sections": {}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
+    results |= {"size": args.size, "device": args.device, "parameters": bench.parameters()}
+    for name in tqdm([name for name in SECTIONS if name in args.only], desc=args.size, unit="section"):
+        ran = environment(args, bench.repeats)
+        found = SECTIONS[name](bench)
+        results["sections"][name] = {"command": command, "environment": ran | {"load_after": load()}, "found": found}
+        half = file.with_suffix(".half")
+        half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        os.replace(half, file)  # whole, whenever the run is stopped
+    write(args.docs)
+    for goal in goals(results["sections"]):
+        print("; ".join(goal.columns))
+    print(f"{args.docs / 'performance.md'} is written. {(time.monotonic() - began) / 60:.0f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Generation: SoftCoT's and its rivals', and an evaluation with answers of different lengths.
+
+Weights are random, so that the models say nothing; a logits processor ends each answer where it is to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.benchmark import timer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of, twin
+from .rivals import assistant_states
+
+# Deciles of the lengths of GSM8K's training questions and answers, counted in words, digit groups of up to three and
+# punctuation marks; tokenizers of today's models count nearly the same.
+QUESTION = (10, 31, 36, 40, 44, 49, 54, 59, 67, 79, 203)
+ANSWER = (21, 35, 42, 49, 55, 62, 71, 80, 93, 112, 277)
+Ask = Callable[..., Tensor]
+
+
+def spread(deciles: Sequence[int], number: int) -> list[int]:
+    """As many lengths as are wanted, evenly from the distribution of some deciles."""
+    places = [(index + 0.5) / number * (len(deciles) - 1) for index in range(number)]
+    return [round(deciles[int(at)] + (at % 1) * (deciles[int(at) + 1] - deciles[int(at)])) for at in places]
+
+
+def make_questions(number: int, longest_answer: int, vocabulary: int) -> list[tuple[Tensor, int]]:
+    """Prompts of random ids and how long their answers are, as long as GSM8K's, in an order of chance.
+
+    Args:
+        number: How many.
+        longest_answer: Answers are cut there.
+        vocabulary: Ids that the models know.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(number, generator=generator).tolist()
+    answers = spread(ANSWER, number)
+    return [
+        (torch.randint(FIRST, vocabulary, (length,), generator=generator), min(longest_answer, answers[at]))
+        for length, at in zip(spread(QUESTION, number), order, strict=True)
+    ]
+
+
+class Ends(LogitsProcessor):
+    """Has each row write EOS after as many tokens as it is told, and not before.
+
+    Args:
+        lengths: Tokens of each row's answer, EOS among them.
+        device: Where the scores are.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.left = torch.tensor(lengths, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Allow EOS alone where the answer ends, and all but EOS before."""
+        self.left = self.left - 1
+        is_eos = torch.arange(scores.shape[1], device=scores.device) == EOS
+        return scores.masked_fill((self.left > 0)[:, None] == is_eos, float("-inf"))
+
+
+class Ticks(StoppingCriteria):
+    """Stops nothing, and notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Note the time, after the accelerator has done its work."""
+        self.times.append(timer())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def called(model: nn.Module) -> Ask:
+    """`generate` of a model, as its users call it; it gives the new ids alone."""
+    model.eval()
+    return lambda ids, mask, **settings: model.generate(input_ids=ids, attention_mask=mask, **settings)[
+        :, ids.shape[1] :
+    ]
+
+
+def disabled(pair: Pair, num: int) -> nn.Module:
+    """A base with a disabled adapter."""
+    model = attach(pair, num)
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def bare(pair: Pair, num: int) -> Ask:
+    """SoftCoT's `generate` by the bare operations: the assistant's backbone, then the base's own `generate`."""
+    base, projection = twin(pair.base), projection_of(attach(pair, num))
+
+    @torch.no_grad()
+    def ask(ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        ones = mask.new_ones(len(ids), num)
+        placed = torch.cat([mask, ones], 1)
+        hidden = assistant_states(pair, torch.cat([ids, ones * UNK], 1), placed, num)
+        embedded = base.get_input_embeddings()(ids)
+        thoughts = projection(hidden.float()).to(embedded)
+        return base.generate(inputs_embeds=torch.cat([embedded, thoughts], 1), attention_mask=placed, **settings)
+
+    return ask
+
+
+def answer(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device, **settings: Any) -> Tensor:
+    """Greedy answers to one batch of questions, padded on the left."""
+    ids = [ids for ids, _ in questions]
+    ends = Ends([length for _, length in questions], device)
+    return ask(
+        pad_sequence(ids, True, PAD, "left").to(device),
+        pad_sequence([torch.ones_like(row) for row in ids], True, 0, "left").to(device),
+        do_sample=False,
+        max_new_tokens=max(length for _, length in questions),
+        logits_processor=LogitsProcessorList([ends]),
+        **settings,
+    )
+
+
+def evaluate(ask: Ask, questions: Sequence[tuple[Tensor, int]], at_once: int, device: torch.device) -> list[Tensor]:
+    """Answers to all questions in batches, those of like length together.
+
+    Args:
+        ask: What generates.
+        questions: Prompts, and how long their answers are.
+        at_once: Rows of a batch.
+        device: Where the models are.
+    """
+    return [answer(ask, batch, device) for batch in batches(questions, at_once)]
+
+
+def batches(questions: Sequence[tuple[Tensor, int]], at_once: int) -> list[list[tuple[Tensor, int]]]:
+    """Questions of like length together."""
+    by_length = sorted(questions, key=lambda question: len(question[0]))
+    return [by_length[start : start + at_once] for start in range(0, len(by_length), at_once)]
+
+
+def busy(questions: Sequence[tuple[Tensor, int]], at_once: int) -> float:
+    """The share of a batch's steps in which a row still writes; it waits for the longest answer afterwards."""
+    steps = sum(len(batch) * max(length for _, length in batch) for batch in batches(questions, at_once))
+    return sum(length for _, length in questions) / steps
+
+
+def step_seconds(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device) -> float:
+    """Median seconds between two tokens of one batch, after the first."""
+    ticks = Ticks()
+    answer(ask, questions, device, stopping_criteria=StoppingCriteriaList([ticks]))
+    return median(later - earlier for earlier, later in pairwise(ticks.times))

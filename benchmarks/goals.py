@@ -1,0 +1,159 @@
+"""What the package is to cost at most, the ratios that tell, and what limits each now; from results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from .rivals import BASE, CACHED, FLOOR, NO_ASSISTANT, PLAIN, SOFTCOT
+from .sections import BARE, BASE_AGAIN, BATCHED, DISABLED, SINGLE
+from .timing import Spread, ratio
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of the table.
+
+    Args:
+        what: What is compared.
+        limit: The goal.
+        found: What was measured; `None`: the package does not offer it yet.
+        limits: What keeps it from being better.
+        at_least: Whether more is better.
+        unit: Of limit and measurement.
+    """
+
+    what: str
+    limit: float
+    found: Spread | None
+    limits: str
+    at_least: bool = False
+    unit: str = ""
+
+    @property
+    def met(self) -> str:
+        """Whether the median keeps the goal."""
+        if self.found is None:
+            return "not offered yet"
+        found = self.found.median
+        return "yes" if (found >= self.limit if self.at_least else found <= self.limit) else "no"
+
+    @property
+    def columns(self) -> tuple[str, str, str, str]:
+        """What is compared, the goal, what was measured, and whether it is met."""
+        bound = f"{'at least' if self.at_least else 'at most'} {self.limit:g}{self.unit}"
+        return self.what, bound, "-" if self.found is None else f"{self.found}{self.unit}", self.met
+
+    def row(self) -> str:
+        """The line, in Markdown."""
+        return f"| {' | '.join(self.columns)} | {self.limits} |"
+
+
+def goals(sections: Mapping[str, Any]) -> Iterator[Goal]:
+    """The goals that the sections of a run say something about."""
+    for name, find in FINDERS.items():
+        if name in sections:
+            yield from find(sections[name]["found"])
+
+
+def shares(parts: Mapping[str, list[float]]) -> dict[str, float]:
+    """The share of each part in their sum."""
+    medians = {name: median(times) for name, times in parts.items()}
+    return {name: time / sum(medians.values()) for name, time in medians.items()}
+
+
+def _training(cases: list[dict[str, Any]]) -> Iterator[Goal]:
+    for case in cases:
+        times, memory, text = case["seconds"], case["peak_bytes"], case["text"]
+        over = ratio(times, SOFTCOT, FLOOR).median - 1
+        floor = ratio(times, FLOOR, PLAIN).median
+        counted = case["multiplications"][FLOOR] / case["multiplications"][PLAIN]
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(case["parts"]).items())
+        yield Goal(
+            f"training step / plain; {text}",
+            0.50,
+            ratio(times, SOFTCOT, PLAIN),
+            f"the bare operations alone take {floor:.2f} of plain, and {counted:.2f} of the multiplications of its "
+            "linear layers",
+        )
+        yield Goal(
+            f"training step / floor; {text}",
+            1.08,
+            ratio(times, SOFTCOT, FLOOR),
+            f"what it does beyond the bare operations, {over:+.0%} of their time; those are: {parts}",
+        )
+        yield Goal(
+            f"training step, cached thoughts / floor without assistant; {text}",
+            1.02,
+            ratio(times, CACHED, NO_ASSISTANT) if CACHED in times else None,
+            f"the floor without its assistant takes {ratio(times, NO_ASSISTANT, FLOOR).median:.2f} of the floor",
+        )
+        yield Goal(
+            f"peak memory of a training step / plain; {text}",
+            0.60,
+            Spread.of([memory[SOFTCOT] / memory[PLAIN]]),
+            f"the bare operations alone take {memory[FLOOR] / memory[PLAIN]:.2f} of plain",
+        )
+
+
+def _evaluation(found: dict[str, Any]) -> Iterator[Goal]:
+    times = found["seconds"]
+    own = ratio(times, f"{SOFTCOT}, {BATCHED}", f"{BARE}, {BATCHED}").median
+    yield Goal(
+        "evaluation: one at a time / in batches",
+        4,
+        ratio(times, f"{SOFTCOT}, {SINGLE}", f"{SOFTCOT}, {BATCHED}"),
+        f"a row writes in {found['busy']:.0%} of its batch's steps, then waits for the longest answer; in batches the "
+        f"package takes {own:.2f} of base + assistant",
+        at_least=True,
+    )
+
+
+def _generation(found: dict[str, Any]) -> Iterator[Goal]:
+    whole, step, forward = found["generate"], found["step"], found["forward"]
+    decoding = found["tokens"] * median(step[SOFTCOT]) / median(whole[SOFTCOT])
+    yield Goal(
+        "`generate` / base + assistant",
+        1.03,
+        ratio(whole, SOFTCOT, BARE),
+        f"steps of decoding are {min(decoding, 1):.0%} of it; assistant and thoughts make it "
+        f"{ratio(whole, BARE, BASE).median:.2f} of the base's",
+    )
+    steps = {"decode step": step, "decode step of one row": found["step of one row"]}
+    for name, times in steps.items():
+        yield Goal(
+            f"{name} / base + assistant's",
+            1.02,
+            ratio(times, SOFTCOT, BARE),
+            f"mask and positions are moved up for the thoughts: {_added(times, SOFTCOT, BARE)}",
+        )
+    for name, times in (steps | {"forward": forward}).items():
+        yield Goal(
+            f"{name}, disabled / base's",
+            1.02,
+            ratio(times, DISABLED, BASE),
+            f"hooks that return at once: {_added(times, DISABLED, BASE)}; noise, the base against itself: "
+            f"{ratio(times, BASE_AGAIN, BASE)}",
+        )
+
+
+def _added(times: Mapping[str, list[float]], name: str, to: str) -> str:
+    """Median of what one takes more than the other in a round, beside the other."""
+    added = median(one - other for one, other in zip(times[name], times[to], strict=True))
+    return f"{1e6 * added:+.0f} µs beside {1e3 * median(times[to]):.2f} ms"
+
+
+def _start(found: dict[str, Any]) -> Iterator[Goal]:
+    slowest = ", ".join(f"`{name}` {1e3 * seconds:.0f}" for name, seconds in found["slowest"].items())
+    yield Goal(
+        "`import softcot_peft` after `import peft`",
+        50,
+        Spread.of([1e3 * seconds for seconds in found["seconds"]["import softcot_peft"]]),
+        f"the slowest modules, in ms: {slowest}; `import peft` takes {median(found['seconds']['import peft']):.1f} s",
+        unit=" ms",
+    )
+
+
+FINDERS = {"training": _training, "evaluation": _evaluation, "generation": _generation, "start": _start}

@@ -1,0 +1,219 @@
+"""Training steps: SoftCoT as it is in the package, and each of its rivals, none of which knows the package.
+
+    t = Assistant([prompt; thought token x N]).hidden[-1][thought positions]     (B, N, H_assistant)
+    s = W t + b                                                                  (B, N, H_base)
+    loss = NLL(response | prompt, s)          trained: W, b only
+
+A step is forward and backward, without the optimizer, which is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import timer
+from transformers import DynamicCache
+
+import softcot_peft
+
+from .models import IGNORED, Batch, M, Pair, attach, projection_of, twin
+
+Step = Callable[[], Tensor]
+Mark = Callable[[str], None]
+
+SOFTCOT, PLAIN, FLOOR, AGAIN = "SoftCoT", "plain SoftCoT", "floor", "floor again"
+PLAIN_PATH, CACHED, NO_ASSISTANT = "SoftCoT, plain path", "SoftCoT, cached thoughts", "floor without assistant"
+PROMPT_TUNING, LORA, BASE = "prompt tuning", "LoRA", "base"
+WHAT = {
+    SOFTCOT: "the package, as `Trainer` calls it",
+    PLAIN_PATH: "the package with its faster path switched off",
+    CACHED: "the package with thoughts that were computed once",
+    PLAIN: "the equations as published: the assistant with its head and all hidden states, then one forward and "
+    "backward of the base over prompt, thoughts and response",
+    FLOOR: "the bare operations that a step needs, with no code around: the assistant's backbone, the prompt without "
+    "gradient into a cache, the projection, thoughts and response with gradient, logits of the response alone",
+    AGAIN: "the same a second time: its ratio to the floor is this run's noise",
+    NO_ASSISTANT: "the floor with hidden states given",
+    PROMPT_TUNING: "PEFT's, with N virtual tokens",
+    LORA: "PEFT's, rank 16 in all linear layers",
+    BASE: "the base alone: its loss, and the gradient to the embeddings of its input",
+}
+
+# The field of SoftCoTConfig that switches the faster path of training off when it is False; measured where it exists.
+PLAIN_PATH_FIELD = "split_training"
+
+
+def plain_loss(pair: Pair, base: nn.Module, projection: nn.Linear, batch: Batch) -> Tensor:
+    """The loss by the equations as they are published: nothing is saved.
+
+    Args:
+        pair: Of it the assistant.
+        base: The base.
+        projection: W and b, float32.
+        batch: Prompts and responses.
+    """
+    with torch.no_grad():
+        read = pair.assistant(
+            input_ids=batch.assistant_ids,
+            attention_mask=batch.assistant_mask,
+            position_ids=positions(batch.assistant_mask),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    hidden = read.hidden_states[-1][:, -batch.num_thoughts :]  # (B, N, H_assistant)
+    embeddings = base.get_input_embeddings()(batch.placed_ids)
+    thoughts = projection(hidden.float()).to(embeddings)  # (B, N, H_base)
+    embeddings = embeddings.masked_scatter(batch.is_thought[..., None], thoughts)
+    return base(inputs_embeds=embeddings, attention_mask=batch.placed_mask, labels=batch.placed_labels).loss
+
+
+def floor_loss(
+    pair: Pair, projection: nn.Linear, batch: Batch, hidden: Tensor | None = None, mark: Mark | None = None
+) -> Tensor:
+    """The same loss by the fewest operations: gradient only from the thoughts on, logits only of the response.
+
+    Args:
+        pair: Base and assistant.
+        projection: W and b, float32.
+        batch: Prompts and responses.
+        hidden: The assistant's hidden states `(B, N, H_assistant)`; `None`: the assistant reads.
+        mark: Called with the name of each part when it is done.
+    """
+    base, num = pair.base, batch.num_thoughts
+    mark = mark or (lambda part: None)
+    if hidden is None:
+        hidden = assistant_states(pair, batch.assistant_ids, batch.assistant_mask, num)
+    mark("assistant")
+    cache = DynamicCache(config=base.config)
+    with torch.no_grad():
+        base.model(
+            input_ids=batch.prompt,
+            attention_mask=batch.prompt_mask,
+            position_ids=positions(batch.prompt_mask),
+            past_key_values=cache,
+        )
+    mark("prompt")
+    embedded = base.get_input_embeddings()(batch.response[:, :-1])  # nothing is predicted from the last token
+    embeddings = torch.cat([projection(hidden.float()).to(embedded), embedded], 1)  # (B, N + R - 1, H_base)
+    mask = torch.cat([batch.prompt_mask, batch.prompt_mask.new_ones(embeddings.shape[:2])], 1)
+    states = base.model(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        position_ids=positions(mask)[:, -embeddings.shape[1] :],
+        past_key_values=cache,
+    ).last_hidden_state[:, num - 1 :]  # (B, R, H_base)
+    wanted = batch.response_labels != IGNORED
+    loss = cross_entropy(base.lm_head(states[wanted]).float(), batch.response_labels[wanted])
+    mark("thoughts and response, forward")
+    return loss
+
+
+@torch.no_grad()
+def assistant_states(pair: Pair, ids: Tensor, mask: Tensor, num: int) -> Tensor:
+    """Last hidden states of the assistant's backbone at the last `num` of left-padded columns: `(B, num, H)`."""
+    states = pair.assistant.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    return states.last_hidden_state[:, -num:]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids `(B, L)` that count what is attended."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def backward(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """A step of forward and backward, with the gradients of the step before it gone."""
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        found = loss()
+        found.backward()
+        return found.detach()
+
+    return step
+
+
+def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict[str, Step]:
+    """All rivals on one batch, each with modules of its own around the same weights.
+
+    Args:
+        pair: The models.
+        batch: Prompts and responses.
+        only: Names of those that are wanted; `None`: all.
+    """
+    num, projection = batch.num_thoughts, projection_of(attach(pair, batch.num_thoughts))
+    makers: dict[str, Callable[[], Step]] = {
+        SOFTCOT: lambda: _called(attach(pair, num), batch),
+        PLAIN: lambda: _plain(pair, projection, batch),
+        FLOOR: lambda: _floor(pair, projection, batch),
+        AGAIN: lambda: _floor(pair, projection, batch),
+        NO_ASSISTANT: lambda: _floor(
+            pair, projection, batch, assistant_states(pair, batch.assistant_ids, batch.assistant_mask, num)
+        ),
+        PROMPT_TUNING: lambda: _called(prompt_tuning(pair, num), batch),
+        LORA: lambda: _called(lora(pair), batch),
+        BASE: lambda: _base(pair, batch),
+        # CACHED goes here, as its users train with it, when the package can train with thoughts computed once.
+    }
+    if PLAIN_PATH_FIELD in softcot_peft.SoftCoTConfig.__dataclass_fields__:
+        makers[PLAIN_PATH] = lambda: _called(attach(pair, num, **{PLAIN_PATH_FIELD: False}), batch)
+    return {name: make() for name, make in makers.items() if only is None or name in only}
+
+
+def lora(pair: Pair) -> PeftModel:
+    """A twin of the base with PEFT's LoRA."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    return get_peft_model(twin(pair.base), config)
+
+
+def prompt_tuning(pair: Pair, num: int) -> PeftModel:
+    """A twin of the base with PEFT's prompt tuning, `num` virtual tokens."""
+    return get_peft_model(twin(pair.base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num))
+
+
+def _called(model: nn.Module, batch: Batch) -> Step:
+    model = training(model)
+    return backward(model, lambda: model(**batch.rows).loss)
+
+
+def _plain(pair: Pair, projection: nn.Linear, batch: Batch) -> Step:
+    base = training(twin(pair.base))
+    return backward(projection, lambda: plain_loss(pair, base, projection, batch))
+
+
+def _floor(pair: Pair, projection: nn.Linear, batch: Batch, hidden: Tensor | None = None) -> Step:
+    return backward(projection, lambda: floor_loss(pair, projection, batch, hidden))
+
+
+def _base(pair: Pair, batch: Batch) -> Step:
+    base = training(twin(pair.base))
+
+    def loss() -> Tensor:
+        embeddings = base.get_input_embeddings()(batch.rows["input_ids"]).requires_grad_()
+        return base(inputs_embeds=embeddings, **{name: batch.rows[name] for name in ("attention_mask", "labels")}).loss
+
+    return backward(base, loss)
+
+
+def training(model: M) -> M:
+    """A model as `Trainer` has it while it trains: in training mode, its config without a cache."""
+    model.config.use_cache = False
+    return model.train()
+
+
+def floor_parts(pair: Pair, projection: nn.Linear, batch: Batch) -> dict[str, float]:
+    """Seconds of each part of one step of the floor, one after the other."""
+    parts, before = dict[str, float](), timer()
+
+    def mark(part: str) -> None:
+        nonlocal before
+        now = timer()
+        parts[part], before = now - before, now
+
+    projection.zero_grad(set_to_none=True)
+    floor_loss(pair, projection, batch, mark=mark).backward()
+    mark("thoughts and response, backward")
+    return parts

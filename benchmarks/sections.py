@@ -1,0 +1,178 @@
+"""The measurements, each a part of the results: plain data with every single time, so that pages can be made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from . import answering, rivals, starting
+from .memory import peak
+from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, twin
+from .sizes import Case, Size
+from .timing import interleave, multiplications, own
+
+FORMAT = 1  # of the results; those of another one are measured anew
+GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
+BATCHED, SINGLE = "in batches", "one at a time"
+BARE, DISABLED, BASE_AGAIN = "base + assistant", "disabled", "base again"
+
+
+@dataclass
+class Bench:
+    """One run.
+
+    Args:
+        size: Models and batches.
+        device: Where they are.
+        repeats: Rounds of each measurement.
+    """
+
+    size: Size
+    device: str
+    repeats: int
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The models, made when they are first needed."""
+        return make_pair(self.size, self.device)
+
+    def parameters(self) -> dict[str, int]:
+        """How many weights the models have."""
+        return {"base": self.pair.base.num_parameters(), "assistant": self.pair.assistant.num_parameters()}
+
+    def batch(self, case: Case) -> Batch:
+        """A training batch."""
+        return make_batch(case, self.size.vocabulary, self.pair.device)
+
+    def time(self, actions: dict[str, Callable[[], Any]], what: str, **options: Any) -> dict[str, list[float]]:
+        """Times of rivals that take turns."""
+        return interleave(actions, options.pop("repeats", self.repeats), what, **options)
+
+
+def training(bench: Bench) -> list[dict[str, Any]]:
+    """Each case: time, memory and multiplications of every rival's step, and the floor's parts."""
+    found = []
+    for case in bench.size.cases:
+        batch = bench.batch(case)
+        steps = rivals.steps(bench.pair, batch)
+        times = bench.time(steps, str(case))
+        projection = projection_of(attach(bench.pair, case.thoughts))
+        parts = [rivals.floor_parts(bench.pair, projection, batch) for _ in range(1 + bench.repeats)][1:]
+        found.append(
+            {
+                "case": asdict(case),
+                "text": str(case),
+                "seconds": times,
+                "peak_bytes": {name: peak(step, bench.pair.device) for name, step in steps.items()},
+                "multiplications": {name: multiplications(step) for name, step in steps.items()},
+                "parts": {name: [part[name] for part in parts] for name in parts[0]},
+            }
+        )
+    return found
+
+
+def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
+    """Seconds and peak bytes of a step against the number of thoughts, the prompt's length and the batch."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for field, values in bench.size.grow.items():
+        found[field] = []
+        for value in values:
+            case = replace(bench.size.case, **{field: value})
+            steps = rivals.steps(bench.pair, bench.batch(case), GROWING)
+            times = bench.time(steps, f"{field} {value}")
+            memory = {name: peak(step, bench.pair.device) for name, step in steps.items()}
+            found[field].append({"at": value, "seconds": times, "peak_bytes": memory})
+    return found
+
+
+def evaluation(bench: Bench) -> dict[str, Any]:
+    """Seconds of answering all questions in batches and one at a time; peak bytes of the batch with the longest."""
+    size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
+    questions = answering.make_questions(size.questions, size.longest_answer, size.vocabulary)
+    models = {
+        rivals.SOFTCOT: attach(bench.pair, num),
+        rivals.BASE: twin(bench.pair.base),
+        rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num),
+        rivals.LORA: rivals.lora(bench.pair),
+    }
+    asks = {name: answering.called(model) for name, model in models.items()}
+    asks[BARE] = answering.bare(bench.pair, num)
+    actions = {
+        f"{name}, {how}": partial(answering.evaluate, ask, questions, rows, device)
+        for name, ask in asks.items()
+        for how, rows in ((BATCHED, size.questions_at_once), (SINGLE, 1))
+        if how == BATCHED or name == rivals.SOFTCOT
+    }
+    longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
+    for ask in asks.values():
+        answering.answer(ask, longest, device)  # warms up; a whole round would take long
+    return {
+        "questions": size.questions,
+        "longest": size.longest_answer,
+        "at_once": size.questions_at_once,
+        "busy": answering.busy(questions, size.questions_at_once),
+        "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3), warmup=0),
+        "peak_bytes": {
+            name: peak(partial(answering.answer, ask, longest, device), device) for name, ask in asks.items()
+        },
+    }
+
+
+def generation(bench: Bench) -> dict[str, Any]:
+    """`generate` and its single steps, with the adapter, with it disabled, and without."""
+    size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
+    questions = answering.make_questions(size.questions_at_once, size.longest_answer, size.vocabulary)
+    model = answering.disabled(bench.pair, num)
+    asks = {
+        rivals.SOFTCOT: answering.called(attach(bench.pair, num)),
+        BARE: answering.bare(bench.pair, num),
+        DISABLED: answering.called(model),
+        rivals.BASE: answering.called(twin(bench.pair.base)),
+        BASE_AGAIN: answering.called(twin(bench.pair.base)),
+    }
+    batch = bench.batch(size.case)
+    inputs = {name: batch.rows[name] for name in ("input_ids", "attention_mask")}
+
+    def forward(module: torch.nn.Module) -> Callable[[], Any]:
+        return torch.no_grad()(lambda: module(**inputs, logits_to_keep=1, use_cache=False))
+
+    def each(function: Callable[..., Any], rows: int) -> dict[str, Callable[[], Any]]:
+        return {name: partial(function, ask, questions[:rows], device) for name, ask in asks.items()}
+
+    return {
+        "rows": len(questions),
+        "tokens": max(length for _, length in questions),
+        "generate": bench.time(each(answering.answer, len(questions)), "generate"),
+        "step": bench.time(each(answering.step_seconds, len(questions)), "decoding", clock=own),
+        "step of one row": bench.time(each(answering.step_seconds, 1), "decoding one row", clock=own),
+        "forward": bench.time(
+            {
+                DISABLED: forward(model),
+                rivals.BASE: forward(bench.pair.base),
+                BASE_AGAIN: forward(twin(bench.pair.base)),
+            },
+            "disabled forward",
+        ),
+    }
+
+
+def start(bench: Bench) -> dict[str, Any]:
+    """The import's seconds, its slowest modules, and the files that loading reads."""
+    return {
+        "seconds": starting.import_seconds(bench.size.processes),
+        "slowest": starting.slowest_imports(),
+        "files": starting.files_read(),
+    }
+
+
+SECTIONS: dict[str, Callable[[Bench], Any]] = {
+    "start": start,
+    "generation": generation,
+    "training": training,
+    "evaluation": evaluation,
+    "growth": growth,
+}

@@ -1,0 +1,129 @@
+"""How large the models and batches are that are measured, from seconds to an hour. It knows no models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape of a training batch.
+
+    Args:
+        batch: Rows.
+        prompt: Tokens of the longest prompt.
+        thoughts: N.
+        response: Tokens of the longest response.
+        ragged: Whether rows differ in length, from half the longest on; else all are as long as the longest.
+    """
+
+    batch: int
+    prompt: int
+    thoughts: int
+    response: int
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        rows = " of unequal length" if self.ragged else ""
+        return f"{self.batch} rows{rows}, prompt {self.prompt}, N = {self.thoughts}, response {self.response}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Models and batches of one run.
+
+    Args:
+        base: Fields of the base's Llama config.
+        assistant: Fields of the assistant's.
+        vocabulary: Ids of both.
+        case: The training batch.
+        grow: Numbers of thoughts, prompt lengths and batch sizes that training is measured with, the others staying.
+        questions: Prompts of the evaluation.
+        questions_at_once: Rows of its batches.
+        longest_answer: Most tokens of an answer.
+        repeats: Rounds of each measurement.
+        processes: Fresh processes that time the import.
+        dtype: Of both models.
+        cuda_only: Whether it is beyond a CPU.
+    """
+
+    base: dict[str, Any]
+    assistant: dict[str, Any]
+    vocabulary: int
+    case: Case
+    grow: dict[str, tuple[int, ...]]
+    questions: int = 64
+    questions_at_once: int = 16
+    longest_answer: int = 256
+    repeats: int = 9
+    processes: int = 15
+    dtype: str = "float32"
+    cuda_only: bool = False
+    cases: tuple[Case, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        case = self.case
+        twice = replace(case, prompt=2 * case.prompt)
+        object.__setattr__(self, "cases", (case, twice, replace(case, ragged=True)))
+
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+SIZES = {
+    # a few seconds; its figures say nothing but that everything runs
+    "smoke": Size(
+        base=_llama(32, 48, 2, 4, 2),
+        assistant=_llama(24, 32, 2, 2, 1),
+        vocabulary=96,
+        case=Case(batch=2, prompt=12, thoughts=3, response=6),
+        grow={"thoughts": (1, 3), "prompt": (6, 12), "batch": (1, 2)},
+        questions=4,
+        questions_at_once=2,
+        longest_answer=4,
+        repeats=2,
+        processes=1,
+    ),
+    # some minutes
+    "small": Size(
+        base=_llama(256, 704, 6, 4, 2),
+        assistant=_llama(128, 352, 4, 2, 2),
+        vocabulary=8192,
+        case=Case(batch=4, prompt=220, thoughts=32, response=150),
+        grow={"thoughts": (4, 16, 32), "prompt": (110, 220, 440), "batch": (1, 2, 4)},
+        longest_answer=64,
+        repeats=7,
+        processes=9,
+    ),
+    # 56 M and 21 M parameters; an hour
+    "issue": Size(
+        base=_llama(512, 1376, 8, 8, 4),
+        assistant=_llama(256, 704, 6, 4, 4),
+        vocabulary=32000,
+        case=Case(batch=4, prompt=220, thoughts=32, response=150),
+        grow={"thoughts": (1, 4, 8, 16, 32, 64), "prompt": (55, 110, 220, 440, 880), "batch": (1, 2, 4, 8)},
+        repeats=11,
+        processes=21,
+    ),
+    # the shapes of Llama-3.1-8B and Llama-3.2-1B
+    "7b": Size(
+        base=_llama(4096, 14336, 32, 32, 8),
+        assistant={**_llama(2048, 8192, 16, 32, 8), "tie_word_embeddings": True},
+        vocabulary=128256,
+        case=Case(batch=4, prompt=220, thoughts=32, response=150),
+        grow={"thoughts": (1, 4, 8, 16, 32, 64), "prompt": (55, 110, 220, 440, 880), "batch": (1, 2, 4, 8)},
+        longest_answer=128,
+        repeats=11,
+        processes=21,
+        dtype="bfloat16",
+        cuda_only=True,
+    ),
+}

@@ -1,0 +1,88 @@
+"""Times rivals in turns, so that what else the machine does falls on all of them alike; counts multiplications."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import trange
+
+Times = dict[str, list[float]]
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Seconds that an action takes, until the accelerator has done its work too."""
+    before = timer()
+    action()
+    return timer() - before
+
+
+def own(action: Callable[[], float]) -> float:
+    """What an action has timed itself."""
+    return action()
+
+
+def interleave(
+    actions: Mapping[str, Callable[[], Any]], repeats: int, what: str, clock: Clock = seconds, warmup: int = 1
+) -> Times:
+    """Time actions in turns: A B C, C B A, A B C, and so on.
+
+    Not with `torch.utils.benchmark.Timer`: it times one statement after the other, and warms up before each.
+
+    Args:
+        actions: What is timed, by name.
+        repeats: Rounds.
+        what: Shown beside the progress bar.
+        clock: Gives the seconds of an action.
+        warmup: Rounds before, which are not counted.
+    """
+    times: Times = {name: [] for name in actions}
+    gc.collect()
+    for round_ in trange(-warmup, repeats, desc=what, leave=False, unit="round"):
+        gc.disable()  # as timeit does: collections fall on whoever runs when they are due
+        try:
+            for name in list(actions)[:: -1 if round_ % 2 else 1]:
+                times[name].append(clock(actions[name]))
+        finally:
+            gc.enable()
+    return {name: found[warmup:] for name, found in times.items()}
+
+
+def multiplications(action: Callable[[], Any]) -> int:
+    """Multiplications of the linear layers, forward and backward; attention's are not counted."""
+    with FlopCounterMode(display=False) as counted:
+        action()
+    counts = counted.get_flop_counts().get("Global", {})
+    return (
+        sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+    )  # and as many sums
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of some values; of a single one it is nothing."""
+        low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median(values), low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
+    """The spread of the ratios of two rivals, each of one round."""
+    return Spread.of([one / other for one, other in zip(times[name], times[to], strict=True)])

@@ -1,0 +1,249 @@
+"""The benchmarks: rivals do the same work, turns and ratios are right, and all of it runs. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+import softcot_peft.assistant
+from benchmarks import __main__ as command
+from benchmarks import answering, rivals, starting
+from benchmarks.goals import Goal, goals
+from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
+from benchmarks.sizes import SIZES, Case
+from benchmarks.timing import Spread, interleave, multiplications, ratio
+
+SMOKE = SIZES["smoke"]
+CASES = [*SMOKE.cases, Case(batch=3, prompt=9, thoughts=1, response=1), Case(4, 14, 5, 11, ragged=True)]
+
+
+@pytest.fixture(autouse=True)
+def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names given in one test are unknown in the next."""
+    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    """A tiny pair with large weights, so that losses and tokens depend on everything before them."""
+    wide = {"initializer_range": 0.4}
+    return make_pair(replace(SMOKE, base=SMOKE.base | wide, assistant=SMOKE.assistant | wide), "cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_package_the_equations_and_the_floor_have_one_loss_and_one_gradient(pair: Pair, case: Case) -> None:
+    batch = make_batch(case, SMOKE.vocabulary, pair.device)
+    model = rivals.training(attach(pair, case.thoughts))
+    base, projection = twin(pair.base), projection_of(model)
+    ways: dict[str, tuple[torch.nn.Module, Callable[[], Tensor]]] = {
+        rivals.SOFTCOT: (model, lambda: model(**batch.rows).loss),
+        rivals.PLAIN: (projection, lambda: rivals.plain_loss(pair, base, projection, batch)),
+        rivals.FLOOR: (projection, lambda: rivals.floor_loss(pair, projection, batch)),
+        rivals.NO_ASSISTANT: (projection, lambda: rivals.floor_loss(pair, projection, batch, states(pair, batch))),
+    }
+    losses, gradients = [], []
+    for trained, loss in ways.values():
+        losses.append(rivals.backward(trained, loss)())
+        gradients.append([weight.grad.clone() for weight in trained.parameters() if weight.requires_grad])
+    for name, found, gradient in zip(ways, losses, gradients, strict=True):
+        torch.testing.assert_close(found, losses[0], atol=1e-5, rtol=1e-5, msg=name)
+        assert len(gradient) == 2
+        for one, other in zip(gradient, gradients[0], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert gradients[0][0].abs().max() > 1e-3
+
+
+def states(pair: Pair, batch: Batch) -> Tensor:
+    return rivals.assistant_states(pair, batch.assistant_ids, batch.assistant_mask, batch.num_thoughts)
+
+
+def test_bfloat16_has_nearly_the_same_loss() -> None:
+    pair = make_pair(replace(SMOKE, dtype="bfloat16"), "cpu")
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    losses = [
+        step().item() for step in rivals.steps(pair, batch, (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR)).values()
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=0.02)
+
+
+def test_the_losses_depend_on_the_thoughts(pair: Pair) -> None:
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    projection = projection_of(attach(pair, SMOKE.case.thoughts))
+    zero = torch.zeros_like(states(pair, batch))
+    found = [rivals.floor_loss(pair, projection, batch, hidden).item() for hidden in (None, zero)]
+    assert abs(found[0] - found[1]) > 1e-3
+
+
+def test_a_step_is_a_rival_when_the_package_has_the_field(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    monkeypatch.setattr(rivals, "PLAIN_PATH_FIELD", "no_such_field")
+    assert rivals.PLAIN_PATH not in rivals.steps(pair, batch)
+    monkeypatch.setattr(rivals, "PLAIN_PATH_FIELD", "init_weights")
+    assert rivals.PLAIN_PATH in rivals.steps(pair, batch)
+
+
+def test_every_step_runs_anew_with_the_same_loss_and_leaves_the_pair_as_it_was(pair: Pair) -> None:
+    before = [weight.clone() for weight in pair.base.parameters()]
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    for name, step in rivals.steps(pair, batch).items():
+        first = step()
+        assert torch.equal(step(), first), name
+        assert torch.isfinite(first), name
+    assert all(map(torch.equal, pair.base.parameters(), before))
+    assert not any(weight.requires_grad for weight in pair.base.parameters())
+    assert not pair.base._forward_pre_hooks
+
+
+def test_the_floor_s_parts_are_all_of_it(pair: Pair) -> None:
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    parts = rivals.floor_parts(pair, projection_of(attach(pair, SMOKE.case.thoughts)), batch)
+    assert list(parts) == [
+        "assistant",
+        "prompt",
+        "thoughts and response, forward",
+        "thoughts and response, backward",
+    ]
+    assert all(seconds > 0 for seconds in parts.values())
+
+
+def test_a_twin_has_its_own_modules_and_the_same_weights(pair: Pair) -> None:
+    other = twin(pair.base)
+    assert not set(other.modules()) & set(pair.base.modules())
+    assert all(one is two for one, two in zip(other.parameters(), pair.base.parameters(), strict=True))
+
+
+def test_generation_is_that_of_the_bare_operations_and_disabled_that_of_the_base(pair: Pair) -> None:
+    questions, num = answering.make_questions(5, 6, SMOKE.vocabulary), SMOKE.case.thoughts
+    models = attach(pair, num), answering.disabled(pair, num), pair.base
+    asks = [answering.bare(pair, num), *map(answering.called, models)]
+    bare, with_thoughts, off, base = (answering.answer(ask, questions, pair.device) for ask in asks)
+    assert torch.equal(with_thoughts, bare)
+    assert torch.equal(off, base)
+    assert not torch.equal(with_thoughts, base)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_every_question_is_answered_as_long_as_it_is_told(pair: Pair, at_once: int) -> None:
+    questions = [(torch.arange(3, 3 + length), end) for length, end in ((9, 2), (4, 5), (7, 1), (5, 3), (6, 4))]
+    answers = answering.evaluate(answering.called(pair.base), questions, at_once, pair.device)
+    ends = [int((row == EOS).nonzero()[0, 0]) + 1 for batch in answers for row in batch]
+    assert ends == [5, 3, 4, 1, 2]  # by the lengths of the prompts
+    assert max(len(batch) for batch in answers) == at_once
+    rows = {1: 15, 2: 2 * 5 + 2 * 4 + 2, 5: 5 * 5}[at_once]
+    assert answering.busy(questions, at_once) == 15 / rows
+    assert answering.step_seconds(answering.called(pair.base), questions, pair.device) > 0
+
+
+def test_lengths_follow_the_deciles() -> None:
+    assert answering.spread((0, 10, 20, 30), 3) == [5, 15, 25]
+    found = answering.spread(answering.QUESTION, 64)
+    assert found == sorted(found)
+    assert sum(found) / 64 == pytest.approx(52.6, abs=5)  # the mean of GSM8K's training questions
+    assert lengths(10, 3, ragged=True) == [10, 8, 5]
+    assert lengths(10, 3, ragged=False) == [10] * 3
+    assert lengths(10, 1, ragged=True) == [10]
+
+
+def test_rivals_take_turns_in_both_orders_and_warm_up_uncounted() -> None:
+    order: list[str] = []
+    clock = iter(range(100))
+
+    def timed(action: Callable[[], None]) -> float:
+        action()
+        return next(clock)
+
+    actions = {name: lambda name=name: order.append(name) for name in "ABC"}
+    times = interleave(actions, 2, "letters", clock=timed, warmup=1)
+    assert "".join(order) == "CBA" + "ABC" + "CBA"
+    assert times == {"A": [3, 8], "B": [4, 7], "C": [5, 6]}
+
+
+def test_ratios_are_those_of_each_round() -> None:
+    times = {"one": [1.0, 20.0, 3.0], "other": [2.0, 10.0, 12.0]}
+    assert ratio(times, "one", "other") == Spread(0.5, 0.375, 1.25)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_multiplications_are_those_of_linear_layers_forward_and_backward() -> None:
+    layer, rows = torch.nn.Linear(5, 7), torch.ones(3, 5)
+    assert multiplications(lambda: layer(rows)) == 3 * 5 * 7
+    assert multiplications(lambda: layer(rows).sum().backward()) == 2 * 3 * 5 * 7  # and the weights' gradient
+    assert multiplications(lambda: rows + 1) == 0
+
+
+@pytest.mark.parametrize(("found", "met"), [(1.02, "yes"), (1.03, "no"), (None, "not offered yet")])
+def test_a_goal_is_kept_by_its_median(found: float | None, met: str) -> None:
+    spread = None if found is None else Spread(found, 0.5, 2.0)
+    assert Goal("a / b", 1.02, spread, "").met == met
+    if found is not None:
+        assert Goal("a / b", 1.02, spread, "", at_least=True).met == ("yes" if found >= 1.02 else "no")
+
+
+def test_loading_an_adapter_reads_its_own_file_and_no_weights_of_the_assistant() -> None:
+    found = starting.files_read()
+    if found is None:
+        pytest.skip("the file system keeps no times of access")
+    assert found["loading"]["adapter"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "model.safetensors" not in found["loading"]["assistant"]
+    assert found["first use"]["adapter"] == []
+    assert "model.safetensors" in found["first use"]["assistant"]
+
+
+def test_imports_are_timed_in_fresh_processes() -> None:
+    times, slowest = starting.import_seconds(0), starting.slowest_imports(3)
+    assert list(times) == ["import peft", "import softcot_peft"]
+    assert len(slowest) == 3
+    assert any(name.startswith("softcot_peft") for name in slowest)
+    assert not any(name.startswith(("torch.", "peft.")) for name in slowest)
+
+
+def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--size", "smoke", "--device", "cpu", "--docs", str(tmp_path), "--repeats", "1", "--only"]
+    command.main([*arguments, "generation", "training", "evaluation", "growth"])
+    file = tmp_path / "performance" / "smoke-cpu.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    measured = {goal.what.partition(";")[0] for goal in goals(results["sections"])}
+    assert {"training step / plain", "training step / floor", "`generate` / base + assistant"} <= measured
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    for goal in goals(results["sections"]):
+        assert goal.row() in page
+        assert "; ".join(goal.columns) in printed
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"performance-smoke-cpu-{kind}-{theme}.png"
+        for kind in ("seconds", "peak_bytes")
+        for theme in ("light", "dark")
+    }
+    ran = results["sections"]["training"]["environment"]
+    assert {"torch", "transformers", "peft", "softcot-peft"} == set(ran["libraries"])
+    assert ran["repeats"] == 1
+    assert ran["threads"] == torch.get_num_threads()
+
+    other = tmp_path / "performance" / "small-cpu.json"
+    other.write_text(json.dumps(results | {"format": 0, "size": "small"}), encoding="utf-8")
+    command.main([*arguments[:-2], "2", "--only", "generation"])  # the other sections stay as they were
+    again = json.loads(file.read_text(encoding="utf-8"))["sections"]
+    assert again["training"] == results["sections"]["training"]
+    assert "Size `small`" not in (tmp_path / "performance.md").read_text(encoding="utf-8")  # of another format
+    assert len(again["generation"]["found"]["generate"][rivals.SOFTCOT]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "7b", "--device", "cpu"], "needs `--device cuda`"),
+        (["--repeats", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parse_args(arguments)
+    assert message in capsys.readouterr().err
