@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftConfig
@@ -23,6 +24,8 @@ from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Names under which models take their cache: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23).
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -202,6 +205,23 @@ def device_map_of(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def uncompiled(function: _F) -> _F:
+    """Have compilers run a function as it is: `torch.compiler.disable`, which alone takes longer than a short hook.
+
+    Args:
+        function: Runs by every pass, so that it must cost nothing where nothing is compiled.
+    """
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # what a compiler sees of this
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(_F, run)
+
+
 @contextmanager
 def loaded_whole() -> Iterator[None]:
     """Make or load a model whole in every process, whatever engine the base is to be trained with.
@@ -267,15 +287,19 @@ def cache_length(cache: Any) -> int:
     """Tokens held by a cache, 0 for none; 1 stands for those of state-space models, which cannot tell."""
     if cache is None:
         return 0
-    if counts_tokens(cache):
-        return int(cache.get_seq_length())
+    counted = _counted(cache)
+    if counted is not None:
+        return counted
     return int(cache.has_previous_state()) if hasattr(cache, "has_previous_state") else 1
 
 
 def counts_tokens(cache: Any) -> bool:
     """Whether a cache knows how many tokens it holds; one of linear attention or state-space layers alone does not."""
+    return _counted(cache) is not None
+
+
+def _counted(cache: Any) -> int | None:
     try:
-        cache.get_seq_length()
+        return int(cache.get_seq_length())
     except (AttributeError, ValueError):  # it has no such method, or no layer that counts (transformers 5.23)
-        return False
-    return True
+        return None

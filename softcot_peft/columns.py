@@ -17,7 +17,7 @@ from torch import Tensor
 _T = TypeVar("_T")
 
 
-def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor) -> Tensor:
+def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor, column: int | None = None) -> Tensor:
     """Insert columns into every row.
 
     Args:
@@ -25,10 +25,14 @@ def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor) -> Tenso
         start: Column of the first inserted one, per row, `(B,)`.
         num: How many.
         fill: What they hold: a number, or `(B, num, H)`.
+        column: `start` as a number, where it is known to be the same in every row.
 
     Returns:
         `(B, L + num)` or `(B, L + num, H)`.
     """
+    if column is not None:
+        new = fill if isinstance(fill, Tensor) else values.new_full((values.shape[0], num, *values.shape[2:]), fill)
+        return torch.cat([values[:, :column], new, values[:, column:]], dim=1)
     columns = torch.arange(values.shape[1] + num, device=values.device)
     offset = columns - start.to(values.device)[:, None]  # (B, L + num)
     source = torch.where(offset >= num, columns - num, columns).clamp(0, max(values.shape[1] - 1, 0))
@@ -78,7 +82,13 @@ def insert_positions(position_ids: Tensor, start: Tensor, num: int) -> Tensor:
 
 
 def restore(
-    output: _T, start: Tensor, num: int, length: int, kept: Tensor | None = None, last_rows: bool = False
+    output: _T,
+    start: Tensor,
+    num: int,
+    length: int,
+    kept: Tensor | None = None,
+    last_rows: bool = False,
+    column: int | None = None,
 ) -> _T:
     """Put everything per-token in a model's output back in line with the caller's tokens.
 
@@ -93,15 +103,21 @@ def restore(
         kept: Columns `(K,)` of the caller's whose logits were asked for (`logits_to_keep`), when the base returned the
             placed columns `[kept, kept + N]`.
         last_rows: Whether the logits are those of the last rows alone, which need no change.
+        column: `start` as a number, where it is known to be the same in every row.
 
     Returns:
         The same type of output.
     """
-    columns = torch.arange(length, device=start.device)
-    rows = columns + num * (columns >= start[:, None] - 1)  # (B, L): the placed row of each token
-    keys = columns + num * (columns >= start[:, None])  # (B, L): the placed column of each token itself
     batch, placed = start.shape[0], length + num
     logits_to_come = last_rows or kept is not None
+
+    def in_line(tensor: Tensor) -> Tensor:
+        """Take the placed row of each token, `(B, L, ...)`; L - 1 of them where labels were shifted already."""
+        if column is None:
+            columns = torch.arange(tensor.shape[1] - num, device=start.device)
+            return take(tensor, columns + num * (columns >= start[:, None] - 1))
+        after = tensor[:, column - 1 + num :]
+        return after if column == 1 else torch.cat([tensor[:, : column - 1], after], dim=1)
 
     def change(tensor: Tensor, name: str) -> Tensor:
         nonlocal logits_to_come
@@ -115,16 +131,16 @@ def restore(
         states = name.endswith("hidden_states")
         # Several streams of states (S, B, L, H)
         if tensor.dim() == 4 and shape[1:3] == (batch, placed) and (states or shape[0] != batch):
-            return take(tensor.movedim(0, 2), rows).movedim(2, 0)
+            return in_line(tensor.movedim(0, 2)).movedim(2, 0)
         if tensor.dim() == 4 and shape[0] == batch and shape[2] == placed:  # attentions (B, heads, query, key)
-            queries = take(tensor.transpose(1, 2), rows)
-            return _take_keys(queries.transpose(1, 2), keys, placed)
-        if tensor.dim() >= 2 and shape[0] == batch and shape[1] == placed:
-            return take(tensor, rows)
-        if tensor.dim() >= 2 and shape[0] == batch and shape[1] == placed - 1:  # already shifted against the labels
-            return take(tensor, rows[:, :-1])
+            columns = torch.arange(length, device=start.device)
+            keys = columns + num * (columns >= start[:, None])  # (B, L): the placed column of each token itself
+            return _take_keys(in_line(tensor.transpose(1, 2)).transpose(1, 2), keys, placed)
+        # One row less where they were compared with shifted labels already
+        if tensor.dim() >= 2 and shape[0] == batch and shape[1] in (placed, placed - 1):
+            return in_line(tensor)
         if tensor.dim() >= 2 and shape[0] == batch * placed:  # routers of mixtures of experts (B * L, experts)
-            return take(tensor.unflatten(0, (batch, placed)), rows).flatten(0, 1)
+            return in_line(tensor.unflatten(0, (batch, placed))).flatten(0, 1)
         return tensor
 
     return _map_tensors(output, change)

@@ -41,6 +41,13 @@ class Generation:
     hidden: Tensor
     length: int
     consumed: int = 0
+    _expanded: Placement | None = None
+
+    def placement_of(self, rows: int) -> Placement:
+        """The placement with every row repeated for its beams or returned sequences, made once."""
+        if self._expanded is None or len(self._expanded.start) != rows:
+            self._expanded = self.placement.expand(rows)
+        return self._expanded
 
     @property
     def prefilled(self) -> bool:
@@ -105,7 +112,10 @@ def _start(
                 inputs[name] = align_left(inputs[name], mask)
         start = placement.start + trailing(mask)
         inputs["attention_mask"] = align_left(mask, mask)
-        placement = replace(placement, start=start, attention_mask=inputs["attention_mask"], latest=int(start.max()))
+        first, latest = (int(end) for end in start.aminmax())
+        column = latest if first == latest else None
+        mask = inputs["attention_mask"]
+        placement = replace(placement, start=start, attention_mask=mask, latest=latest, column=column)
     return Generation(thinker.model, placement, hidden, mask.shape[1])
 
 

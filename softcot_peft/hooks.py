@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
-from ._compat import argument_names, cache_length, find_cache, takes_positions
+from ._compat import argument_names, cache_length, find_cache, takes_positions, uncompiled
 from ._saving import save_base
 from .caches import recall, remember
 from .columns import restore, restore_keys
@@ -113,7 +113,7 @@ class ThoughtHooks:
             WRITING.set(outer[1])
             raise
 
-    @torch.compiler.disable
+    @uncompiled
     def before_backbone(self, backbone: nn.Module, args: Any) -> None:
         """Refuse calls of the backbone that do not come from the base: they would run without thoughts."""
         running = _PASS.get()
@@ -121,13 +121,13 @@ class ThoughtHooks:
         if not inside and not THINKING.get() and self.layer.active_name() is not None:
             refuse_backbone(self.model, backbone)
 
-    @torch.compiler.disable
+    @uncompiled
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Translate the caller's inputs into what the base sees; nothing when adapters are disabled."""
         reader = self.layer.active_reader()
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs.copy()
         cache, generation = find_cache(inputs), RUNNING.get()
         if reader is None:
             if cache is not None:
@@ -148,7 +148,7 @@ class ThoughtHooks:
         WRITING.set(running.writing)
         return (), inputs
 
-    @torch.compiler.disable
+    @uncompiled
     def after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Put the outputs back in line with the caller's tokens."""
         running = _PASS.get()
@@ -174,7 +174,8 @@ class ThoughtHooks:
             return None
         start, num = placement.start, placement.num_thoughts
         if running.places:
-            return restore(output, start, num, running.length, running.kept, running.last_rows)
+            kept, last_rows = running.kept, running.last_rows
+            return restore(output, start, num, running.length, kept, last_rows, placement.column)
         if isinstance(output, tuple):
             return restore_keys(output, start, num)
         if isinstance(output, dict) and output.get("attentions"):
@@ -215,7 +216,7 @@ class ThoughtHooks:
         start, writing = placement.start - seen, None
         if thoughts is None:
             writing = Writing(self.layer, hidden, start, torch.Size((batch, length + placement.num_inserted)))
-        here = replace(placement, start=start)
+        here = placement.after(seen)
         return Pass(self.model, length, here, writing, places=True, kept=kept, last_rows=last_rows)
 
     def _generation_pass(
@@ -223,7 +224,7 @@ class ThoughtHooks:
     ) -> Pass:
         """A pass of `generate`: the prompts, a chunk of them, the next tokens, or all tokens again without a cache."""
         batch, length = forward_inputs.tokens(inputs).shape[:2]
-        placement = generation.placement.expand(batch)
+        placement = generation.placement_of(batch)
         if generation.prefilled and cache_length(cache) > 0:
             return self._next_tokens(inputs, placement, cache)
         seen = 0 if generation.prefilled else generation.consumed

@@ -5,7 +5,6 @@ Works on a dict of arguments by name, in place. Knows the names that transformer
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,14 +164,14 @@ def place(
         ValueError: A per-token argument whose value at a thought position is not known.
     """
     batch, length = tokens(inputs).shape[:2]
-    here = replace(placement, start=placement.start - seen, latest=placement.latest - seen)
+    here = placement.after(seen)
     if not placement.inserted:
         if thoughts is not None:
             inputs["inputs_embeds"] = write_thoughts(inputs["inputs_embeds"], thoughts, here.start)
         return None, False
     kept = _keep_logits(inputs, here, length)
     mask = inputs.pop("attention_mask", None)
-    start, num = here.start, here.num_thoughts
+    start, num, column = here.start, here.num_thoughts, here.column
     fills = {"input_ids": filler, "labels": IGNORED}
     for name, value in list(inputs.items()):
         if not isinstance(value, Tensor) or value.dim() < 2:
@@ -180,11 +179,11 @@ def place(
         if name == "position_ids":
             inputs[name] = insert_positions(value, start, num)
         elif name == "inputs_embeds" and thoughts is not None:
-            inputs[name] = insert(value, start, num, thoughts.to(value))
+            inputs[name] = insert(value, start, num, thoughts.to(value), column)
         elif name == "shift_labels":  # already shifted: the last thought's row predicts the first label
-            inputs[name] = insert(value, start - 1, num, IGNORED)
+            inputs[name] = insert(value, start - 1, num, IGNORED, None if column is None else column - 1)
         elif name in fills or name.endswith("token_type_ids"):
-            inputs[name] = insert(value, start, num, fills.get(name, 0))
+            inputs[name] = insert(value, start, num, fills.get(name, 0), column)
         elif value.shape[:2] == (batch, length):
             raise ValueError(
                 f"`{name}` has one value per token, and its value at a thought position is not known. Leave it out, "
@@ -248,4 +247,4 @@ def _placed_mask(mask: Any, placement: Placement, length: int) -> Tensor:
         if mask is None:
             mask = torch.ones(len(start), 0, dtype=torch.long, device=start.device)
         mask = torch.cat([mask, mask.new_ones(len(start), length - mask.shape[1])], dim=1)
-    return insert(mask, placement.start, placement.num_thoughts, 1)
+    return insert(mask, placement.start, placement.num_thoughts, 1, placement.column)

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ._compat import full_shape
+from ._compat import full_shape, uncompiled
 from .projection import ThoughtProjection
 from .reader import PromptReader
 
@@ -157,7 +157,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         embeddings: Tensor = self.base_layer(input_ids, *args, **kwargs)
         return self._write(embeddings, input_ids.shape)
 
-    @torch.compiler.disable
+    @uncompiled
     def _write(self, embeddings: Tensor, shape: torch.Size) -> Tensor:
         writing = WRITING.get()
         if writing is None or writing.layer is not self or shape != writing.shape:

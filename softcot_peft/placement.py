@@ -24,6 +24,7 @@ class Placement:
         attention_mask: The caller's mask `(B, L)`, or `None` where every token is attended.
         padded: Whether any token is not attended.
         latest: The largest `start`, on the host.
+        column: `start` as a number, where it is the same in every row; slices do there what takes an index else.
     """
 
     start: Tensor
@@ -32,11 +33,19 @@ class Placement:
     attention_mask: Tensor | None
     padded: bool
     latest: int
+    column: int | None = None
 
     @property
     def num_inserted(self) -> int:
         """How many columns the base sees beyond the caller's: N or 0."""
         return self.num_thoughts if self.inserted else 0
+
+    def after(self, seen: int) -> Placement:
+        """The same place, counted from column `seen` on."""
+        if seen == 0:
+            return self
+        column = None if self.column is None else self.column - seen
+        return replace(self, start=self.start - seen, latest=self.latest - seen, column=column)
 
     def expand(self, rows: int) -> Placement:
         """Repeat every row for its beams or returned sequences.
@@ -130,8 +139,8 @@ def locate(
         checks["vocabulary"] = ((input_ids < 0) | (input_ids >= vocabulary)).any()
     if input_ids is not None and shared_vocabulary is not None:
         checks["shared"] = ((input_ids >= shared_vocabulary) & attended & (columns < start[:, None])).any()
-    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax()]
-    *failed, num_run, padded, latest = torch.stack([fact.long() for fact in facts]).tolist()
+    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax(), start.amin()]
+    *failed, num_run, padded, latest, earliest = torch.stack([fact.long() for fact in facts]).tolist()
     for name, fails in zip(checks, failed, strict=True):
         if fails and name == "mask" and attention_mask is not None:
             raise ValueError(_explain_mask(attention_mask))
@@ -151,7 +160,8 @@ def locate(
             "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
             "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
         )
-    return Placement(start, num_run or num_thoughts, not num_run, attention_mask, bool(padded), latest)
+    column = latest if latest == earliest else None
+    return Placement(start, num_run or num_thoughts, not num_run, attention_mask, bool(padded), latest, column)
 
 
 def _explain(

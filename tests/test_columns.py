@@ -76,6 +76,28 @@ def test_restore_undoes_insert_row_by_row(case: tuple[torch.Tensor, torch.Tensor
         assert torch.equal(routed[row], logits[row, kept])
 
 
+@given(rows(), st.data())
+def test_slices_do_what_an_index_does(case: tuple[torch.Tensor, torch.Tensor, int], data: st.DataObject) -> None:
+    ids, _, num = case
+    batch, length = ids.shape
+    column = data.draw(st.integers(1, length))
+    start = torch.full((batch,), column)
+    assert torch.equal(insert(ids, start, num, -7, column), insert(ids, start, num, -7))
+    thoughts, embeddings = torch.randn(batch, num, 2), torch.randn(batch, length, 2)
+    assert torch.equal(insert(embeddings, start, num, thoughts, column), insert(embeddings, start, num, thoughts))
+    placed = length + num
+    output = {
+        "logits": torch.randn(batch, placed, 3),
+        "log_probs": torch.randn(batch, placed - 1),
+        "attentions": (torch.randn(batch, 2, placed, placed),),
+        "hidden_states": (torch.randn(4, batch, placed, 2),),
+        "router_logits": (torch.randn(batch * placed, 2),),
+    }
+    sliced, picked = restore(output, start, num, length, column=column), restore(output, start, num, length)
+    for name, value in picked.items():
+        torch.testing.assert_close(sliced[name], value, rtol=0, atol=0)
+
+
 @given(rows(), st.integers(0, 4))
 def test_restored_keys_lack_the_thoughts(case: tuple[torch.Tensor, torch.Tensor, int], later: int) -> None:
     ids, start, num = case
