@@ -44,7 +44,7 @@ WHAT = {
 }
 
 # The field of SoftCoTConfig that switches the faster path of training off when it is False; measured where it exists.
-PLAIN_PATH_FIELD = "split_training"
+PLAIN_PATH_FIELD = "two_pass_training"
 
 
 def plain_loss(pair: Pair, base: nn.Module, projection: nn.Linear, batch: Batch) -> Tensor:

@@ -140,6 +140,31 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def rotary_switch(config: PretrainedConfig) -> int | None:
+    """Length of rows beyond which the rotary frequencies of a whole pass change; `None` where they never do.
+
+    They are chosen by the largest position of a pass (fields of transformers 5.23; one dict, or one for each type of
+    layer).
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]
+    longest: int = getattr(config, "max_position_embeddings", 0)
+    limits: list[int] = [
+        kind.get("original_max_position_embeddings", longest)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether a model recomputes activations in the backward pass, and therefore keeps no cache.
+
+    The flag stands on the modules that do it; the model's own name for it changed (transformers 5.23).
+    """
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def ordinary_token(config: PretrainedConfig) -> int:
     """An id that is not padding: beginning or end of sequence, else 0.
 

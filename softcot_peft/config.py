@@ -21,7 +21,7 @@ _TEXTS = (
     "assistant_thought_token",
     "tokenizer_name_or_path",
 )
-_FLAGS = ("assistant_shares_tokenizer", "init_weights")  # the first may be None
+_FLAGS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be None
 _MOST = 2**16  # thoughts; more than any LM reads well, and few enough that a stranger's config takes no memory
 _PLACEMENTS = ("prompt_end", "thought_token")
 
@@ -52,6 +52,9 @@ class SoftCoTConfig(PeftConfig):
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`; `"auto"` is the checkpoint's own.
         init_weights: `True`: the linear layer's usual initialisation. `False`: random values large enough to see in a
             test.
+        two_pass_training: Whether training steps run prompts without gradient into a cache, and only thoughts and
+            response with gradient, wherever the base allows it: the same loss and gradients at half the time. `False`:
+            always everything in one pass.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
@@ -91,6 +94,9 @@ class SoftCoTConfig(PeftConfig):
     )
     assistant_dtype: str = field(default="auto", metadata={"help": "Dtype to load the assistant in."})
     init_weights: bool = field(default=True, metadata={"help": "Whether to use the usual initialisation."})
+    two_pass_training: bool = field(
+        default=True, metadata={"help": "Whether training runs prompts without gradient, where it can."}
+    )
     assistant_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the assistant's last hidden states. Written on save."}
     )

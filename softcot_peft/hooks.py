@@ -28,6 +28,7 @@ from .layer import WRITING, SoftCoTLayer, Writing
 from .placement import Placement, positions
 from .reader import PromptReader
 from .thinker import THINKING, Thinker
+from .two_passes import Rows, TwoPasses
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Pass:
         places: Whether the thought positions are among this pass's columns.
         kept: The caller's columns whose logits were asked for, when both of their possible rows were computed.
         last_rows: Whether only the last rows of logits were asked for.
+        divided: The rows of a training step whose prompts were run before; `None` in all other passes.
         outer: The pass that was running before.
     """
 
@@ -52,6 +54,7 @@ class Pass:
     places: bool = False
     kept: Tensor | None = None
     last_rows: bool = False
+    divided: Rows | None = None
     outer: Pass | None = None
 
 
@@ -75,6 +78,7 @@ class ThoughtHooks:
         self.thinker = Thinker(model, layer)
         self.names = argument_names(model)
         self.takes_positions = takes_positions(model)
+        self.two_passes = TwoPasses(model, self.names, self.takes_positions, self._run)
         self._handles = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True),
@@ -165,6 +169,8 @@ class ThoughtHooks:
                 "of this pass. If it was replaced after the adapter was attached, unload the adapter, replace it, and "
                 "load it again; if not, the model adds to its ids before it looks them up, and cannot carry thoughts."
             )
+        if running.divided is not None:
+            return self.two_passes.end(output, running.divided)
         generation = RUNNING.get()
         if running.places and (generation is None or generation.model is not model):
             cache = find_cache(output)
@@ -189,9 +195,34 @@ class ThoughtHooks:
         placement = self.thinker.locate(inputs, reader)
         self._warn_unread(inputs, placement)
         hidden = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
+        if (
+            self.model.training
+            and torch.is_grad_enabled()
+            and inputs.get("labels") is not None
+            and reader.config.two_pass_training
+        ):
+            filler, trained = self.thinker.filler(reader), self.layer.softcot_projection
+            rows = self.two_passes.begin(inputs, placement, hidden, filler, trained)
+            if rows is not None:
+                return Pass(self.model, 0, placement, self._from_column(hidden, 0, inputs), divided=rows)
         if placement.padded and self.takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         return self._place(inputs, placement, hidden, reader)
+
+    def _from_column(self, hidden: Tensor, column: int, inputs: dict[str, Any]) -> Writing:
+        """Thoughts that begin in the same column of every row of a pass."""
+        start = hidden.new_full((len(hidden),), column, dtype=torch.long)
+        return Writing(self.layer, hidden, start, inputs["input_ids"].shape)
+
+    def _run(self, inputs: dict[str, Any], hidden: Tensor | None, column: int) -> Any:
+        """Run the base's forward past the hooks, for `TwoPasses`: arguments and outputs are the base's own."""
+        writing = None if hidden is None else self._from_column(hidden, column, inputs)
+        tokens = _PASS.set(Pass(self.model, 0)), WRITING.set(writing)
+        try:
+            return self.model.forward(**inputs)
+        finally:
+            _PASS.reset(tokens[0])
+            WRITING.reset(tokens[1])
 
     def _warn_unread(self, inputs: dict[str, Any], placement: Placement) -> None:
         """Warn where no row of the logits but the last would read the thoughts."""

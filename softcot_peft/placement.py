@@ -25,6 +25,7 @@ class Placement:
         padded: Whether any token is not attended.
         latest: The largest `start`, on the host.
         column: `start` as a number, where it is the same in every row; slices do there what takes an index else.
+        reach: The most columns from a row's `start` to behind its last attended or labelled token, on the host.
     """
 
     start: Tensor
@@ -34,6 +35,7 @@ class Placement:
     padded: bool
     latest: int
     column: int | None = None
+    reach: int = 0
 
     @property
     def num_inserted(self) -> int:
@@ -123,6 +125,8 @@ def locate(
         first_label = torch.where(labels != IGNORED, columns, length).amin(1)
         prompt_end = first_label
 
+    used = attended if labels is None else attended | (labels != IGNORED)
+    end = torch.where(used, columns, -1).amax(1) + 1
     uses_run = counts.amax() > 0
     start = torch.where(uses_run, run_start, prompt_end)
     checks = {
@@ -139,8 +143,8 @@ def locate(
         checks["vocabulary"] = ((input_ids < 0) | (input_ids >= vocabulary)).any()
     if input_ids is not None and shared_vocabulary is not None:
         checks["shared"] = ((input_ids >= shared_vocabulary) & attended & (columns < start[:, None])).any()
-    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax(), start.amin()]
-    *failed, num_run, padded, latest, earliest = torch.stack([fact.long() for fact in facts]).tolist()
+    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax(), start.amin(), (end - start).amax()]
+    *failed, num_run, padded, latest, earliest, reach = torch.stack([fact.long() for fact in facts]).tolist()
     for name, fails in zip(checks, failed, strict=True):
         if fails and name == "mask" and attention_mask is not None:
             raise ValueError(_explain_mask(attention_mask))
@@ -161,7 +165,8 @@ def locate(
             "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
         )
     column = latest if latest == earliest else None
-    return Placement(start, num_run or num_thoughts, not num_run, attention_mask, bool(padded), latest, column)
+    num = num_run or num_thoughts
+    return Placement(start, num, not num_run, attention_mask, bool(padded), latest, column, reach)
 
 
 def _explain(

@@ -1,0 +1,336 @@
+"""A training step in two passes: prompts into a cache without gradient, then thoughts and responses with it.
+
+The base is frozen, so no gradient comes from what stands before the thoughts: neither activations nor logits are
+needed there. Knows the base's own forward and how its arguments are laid out, and nothing about adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import Cache, PreTrainedModel
+
+from ._compat import CACHE_NAMES, cache_length, checkpoints, find_cache, is_whole, rotary_switch
+from .columns import take
+from .placement import IGNORED, Placement, positions, prompts
+
+_LOGGER = logging.getLogger(__name__)
+# Arguments that can be divided between the passes, or say nothing about a token.
+_DIVIDED = ("input_ids", "attention_mask", "labels")
+# What to return beyond logits and loss; not known of prompts.
+_ASKING = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+Run = Callable[[dict[str, Any], Tensor | None, int], Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch's rows in two parts.
+
+    Args:
+        prompt: Arguments of the pass over the prompts `(B, P)`, which end in the last column.
+        rest: Arguments of the pass over `(B, W)` thoughts and responses, the first thought in column 0.
+        labels: `(B, W)`.
+        mask: What of the rest is attended, `(B, W)`.
+        placement: Where the thoughts stand in the caller's columns.
+        length: The caller's columns L.
+    """
+
+    prompt: dict[str, Tensor]
+    rest: dict[str, Tensor]
+    labels: Tensor
+    mask: Tensor
+    placement: Placement
+    length: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, W)`."""
+        return self.labels.shape
+
+    @property
+    def skipped(self) -> int:
+        """Rows of the rest that no caller sees: of inserted thoughts, the last alone stands for a token."""
+        return self.placement.num_thoughts - 1 if self.placement.inserted else 0
+
+
+def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_positions: bool) -> Rows:
+    """Divide a batch where its thoughts begin.
+
+    Args:
+        inputs: The caller's `input_ids`, `labels` and, if any, `attention_mask`, each `(B, L)`, padded on either side.
+        placement: Where the thoughts stand.
+        filler: Id under inserted thought positions.
+        takes_positions: Whether the base wants to be told the positions of padded rows.
+    """
+    ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
+    batch, length = ids.shape
+    prompt_ids, prompt_mask = prompts(ids, placement)
+    columns = torch.arange(placement.reach, device=ids.device) + placement.start[:, None]  # (B, R)
+    inside, columns = columns < length, columns.clamp(max=length - 1)
+    rest_ids, rest_labels = take(ids, columns), take(labels, columns).masked_fill(~inside, IGNORED)
+    attended = inside if mask is None else inside & (take(mask, columns) != 0)
+    if placement.inserted:
+        size = (batch, placement.num_thoughts)
+        rest_ids = torch.cat([rest_ids.new_full(size, filler), rest_ids], 1)
+        rest_labels = torch.cat([rest_labels.new_full(size, IGNORED), rest_labels], 1)
+        attended = torch.cat([attended.new_ones(size), attended], 1)
+    prompt, rest = {"input_ids": prompt_ids}, {"input_ids": rest_ids}
+    if placement.padded or placement.column is None:
+        whole = torch.cat([prompt_mask, attended.to(prompt_mask)], 1)
+        prompt["attention_mask"], rest["attention_mask"] = prompt_mask, whole
+        if takes_positions:
+            where = positions(whole)
+            width = prompt_ids.shape[1]
+            prompt["position_ids"], rest["position_ids"] = where[:, :width], where[:, width:]
+    return Rows(prompt, rest, rest_labels, attended, placement, length)
+
+
+class TwoPasses:
+    """Divides the training steps of one base where it can be done.
+
+    Args:
+        model: The base.
+        names: Names of its forward's arguments.
+        takes_positions: Whether it wants to be told the positions of padded rows.
+        run: Calls the base's forward past the hooks, with arguments of its own, the assistant's hidden states or
+            `None`, and the column that they begin in.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], takes_positions: bool, run: Run) -> None:
+        self.model = model
+        self._names = names
+        self._takes_positions = takes_positions
+        self._run = run
+        self._agrees: dict[bool, bool] = {}  # by whether prompts were padded
+        self._said: set[str] = set()
+
+    def begin(
+        self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, frozen: nn.Module
+    ) -> Rows | None:
+        """Run the prompts, and change the arguments to those of the second pass.
+
+        Args:
+            inputs: The arguments of a training step, in the caller's columns; changed in place.
+            placement: Where the thoughts stand.
+            hidden: The assistant's hidden states `(B, N, H_assistant)`.
+            filler: Id under inserted thought positions.
+            frozen: The one module of the base that may be trained.
+
+        Returns:
+            The divided rows; `None` where the step has to be made in one pass, for a reason that is logged once.
+        """
+        obstacle = self._obstacle(inputs, placement, frozen)
+        if obstacle is None:
+            rows = divide(inputs, placement, filler, self._takes_positions)
+            if self._tried(rows, hidden):
+                self._second(inputs, rows, self._read_prompts(rows))
+                return rows
+            obstacle = "its logits after a cached prompt are not those of whole rows"
+        if obstacle not in self._said:
+            self._said.add(obstacle)
+            _LOGGER.info("Training steps of %s run in one pass: %s.", type(self.model).__name__, obstacle)
+        return None
+
+    def _obstacle(self, inputs: dict[str, Any], placement: Placement, frozen: nn.Module) -> str | None:
+        """Why a step cannot be made in two passes, as far as that can be told beforehand."""
+        if "past_key_values" not in self._names:
+            return "its forward takes no cache"
+        if checkpoints(self.model):
+            return "gradient checkpointing makes no cache"
+        own = set(frozen.parameters())
+        if any(weight.requires_grad and weight not in own for weight in self.model.parameters()):
+            return "weights of the base are trained, so that prompts have gradients too"
+        if not all(is_whole(weight) for weight in self.model.parameters()):
+            return "its weights are sharded or offloaded, and brought in once a step"
+        for name, value in inputs.items():
+            if name not in _DIVIDED and isinstance(value, Tensor) and value.dim() > 1:
+                return f"`{name}` is given"
+        if inputs.get("input_ids") is None or inputs.get("logits_to_keep") or inputs.get("use_cache"):
+            return "`inputs_embeds`, `logits_to_keep` or `use_cache` is given"
+        config = self.model.config.get_text_config(decoder=True)
+        for name, wanted in {**dict.fromkeys(_ASKING, False), "return_dict": True}.items():
+            given = inputs.get(name)
+            if bool(getattr(config, name, wanted) if given is None else given) is not wanted:
+                return f"`{name}` is {not wanted}"
+        switch = rotary_switch(config)
+        if switch is not None and placement.latest + placement.reach + placement.num_inserted > switch:
+            return f"its rotary frequencies change with rows longer than {switch}"
+        return None
+
+    def _tried(self, rows: Rows, hidden: Tensor) -> bool:
+        """Whether the base reads a row in two passes as it does in one.
+
+        Attention with a cache does. Recurrent layers that continue a state with one token at a time, or a model that
+        counts positions by column, do not, and nothing in a config tells. So it is tried once, on the rows with the
+        shortest and the longest prompt, and once more where prompts are padded for the first time: logits must agree
+        as closely as rounding allows, the square root of the dtype's precision.
+        """
+        padded = "attention_mask" in rows.prompt
+        if padded not in self._agrees:
+            with torch.no_grad(), _evaluating(self.model):
+                self._agrees[padded] = self._agree(rows, hidden)
+        return self._agrees[padded]
+
+    def _agree(self, rows: Rows, hidden: Tensor) -> bool:
+        start = rows.placement.start
+        pick = torch.stack([start.argmin(), start.argmax()])
+        prompt, rest = ({name: tensor[pick] for name, tensor in part.items()} for part in (rows.prompt, rows.rest))
+        hidden, mask, labels = hidden[pick], rows.mask[pick], rows.labels[pick]
+        width = prompt["input_ids"].shape[1]
+        read = self._run({**prompt, **self._caching(), "return_dict": True}, None, 0)
+        cache = find_cache(read)
+        if not isinstance(cache, Cache) or cache_length(cache) != width:
+            return False
+        asked = {**rest, "labels": labels, "return_dict": True}
+        two = self._run({**asked, "past_key_values": cache, "use_cache": True}, hidden, 0)
+        whole = {name: torch.cat([prompt[name], tensor[:, -mask.shape[1] :]], 1) for name, tensor in rest.items()}
+        silent = torch.full_like(prompt["input_ids"], IGNORED)
+        asked = {**whole, "labels": torch.cat([silent, labels], 1), "return_dict": True, "use_cache": False}
+        one = self._run(asked, hidden, width)
+        expected, found = one.logits[:, width:][mask], two.logits[mask]
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
+        losses = abs(one.loss - two.loss) <= tolerance * one.loss.abs()
+        return bool(losses & ((expected - found).float().norm() <= tolerance * expected.float().norm()))
+
+    def _caching(self) -> dict[str, Any]:
+        """What asks for a cache, and for no more logits than must be."""
+        return {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in self._names else {})
+
+    @torch.no_grad()
+    def _read_prompts(self, rows: Rows) -> Any:
+        read = self._run({**rows.prompt, **self._caching(), "return_dict": True}, None, 0)
+        return find_cache(read)
+
+    def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any) -> None:
+        """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees."""
+        labels = rows.labels
+        known = all(name in self._names or name == "num_items_in_batch" for name in inputs)
+        if rows.skipped and known and "logits_to_keep" in self._names:
+            # A head of a trainer's own in the forward (TRL's) may not know the argument.
+            inputs["logits_to_keep"] = labels.shape[1] - rows.skipped
+            labels = labels[:, rows.skipped :]
+        inputs.pop("attention_mask", None)
+        inputs.update(rows.rest, labels=labels, past_key_values=cache, use_cache=True)
+
+    def end(self, output: Any, rows: Rows) -> Any:
+        """Put the outputs of the second pass in line with the caller's tokens.
+
+        Logits are those of all tokens, made when they are read. Other values of tokens before the thoughts are 0, and
+        the cache, whose columns are not the caller's, is left out.
+
+        Args:
+            output: A `ModelOutput` of the base.
+            rows: What `begin` returned.
+        """
+        fields = {name: value for name, value in output.items() if name not in CACHE_NAMES}
+        for name, value in fields.items():
+            if name == "logits":
+                fields[name] = LateLogits.of(rows, value, self._prompt_logits)
+            elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.shape[0]:
+                missing = rows.shape[1] - value.shape[1]
+                if missing in (0, 1):  # 1: compared with shifted labels already
+                    fields[name] = _in_line(value, rows, rows.length - missing)
+        return type(output)(**fields)
+
+    @torch.no_grad()
+    def _prompt_logits(self, rows: Rows) -> Tensor:
+        logits: Tensor = self._run({**rows.prompt, "use_cache": False, "return_dict": True}, None, 0).logits
+        return logits
+
+
+def _in_line(values: Tensor, rows: Rows, length: int) -> Tensor:
+    """Values of the rest `(B, W, ...)` in the caller's columns `(B, length, ...)`, with 0 before them."""
+    start = rows.placement.start.to(values.device)
+    index = torch.arange(length, device=values.device) - start[:, None] + rows.placement.num_inserted
+    outside = (index < rows.skipped) | (index >= values.shape[1])
+    found = take(values, index.clamp(0, values.shape[1] - 1))
+    return found.masked_fill(outside.view(*outside.shape, *[1] * (values.dim() - 2)), 0)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode for a while, each module as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class LateLogits(Tensor):
+    """Logits `(B, L, V)` of whole rows, of which those of the prompts are made when any are read.
+
+    A loss that the base computes needs none of them; whoever reads them finds what one pass would have given.
+    """
+
+    _parts: tuple[Rows, Tensor, Callable[[Rows], Tensor]] | None
+    _whole: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Rows, logits: Tensor, prompt_logits: Callable[[Rows], Tensor]) -> LateLogits:
+        """Logits to come.
+
+        Args:
+            rows: The divided rows.
+            logits: Those of the second pass, `(B, W or W - rows.skipped, V)`.
+            prompt_logits: Makes those of the prompts, `(B, P, V)`.
+        """
+        shape = (rows.shape[0], rows.length, logits.shape[2])
+        # One number that seems to fill the shape: whoever should reach past `__torch_function__` does not read zeros.
+        late = logits.new_full((), float("nan")).expand(shape).as_subclass(cls)
+        late._parts, late._whole = (rows, logits, prompt_logits), None
+        return late
+
+    def whole(self) -> Tensor:
+        """The logits as an ordinary tensor, with their gradients."""
+        if self._whole is None and self._parts is not None:
+            rows, logits, prompt_logits = self._parts
+            placement, width = rows.placement, rows.prompt["input_ids"].shape[1]
+            both = torch.cat([prompt_logits(rows).to(logits), logits], 1)
+            skipped = rows.skipped - (rows.shape[1] - logits.shape[1])  # rows to skip that are among these
+            start = placement.start.to(both.device)[:, None]
+            columns = torch.arange(rows.length, device=both.device)
+            late = columns >= start - int(
+                placement.inserted
+            )  # the last thought's row is that of the last prompt token
+            index = columns - start + width + late * (int(placement.inserted) + skipped)
+            self._whole, self._parts = take(both, index.clamp(max=both.shape[1] - 1)), None
+        if self._whole is None:
+            raise RuntimeError("Logits that were made of nothing cannot be read.")
+        return self._whole
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what shape, dtype and device tell; for all else, put the logits together first."""
+        if func in _ANSWERED:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        args, kwargs = tree_map(lambda value: _late_to_whole(value), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _late_to_whole(value: Any) -> Any:
+    # Not `isinstance`: tensors of other kinds may answer for themselves.
+    return LateLogits.whole(value) if type(value) is LateLogits else value
+
+
+_ANSWERED = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+}
