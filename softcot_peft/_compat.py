@@ -318,6 +318,16 @@ def cache_length(cache: Any) -> int:
     return int(cache.has_previous_state()) if hasattr(cache, "has_previous_state") else 1
 
 
+def holds_attention_alone(cache: Any) -> bool:
+    """Whether a cache holds keys and values and nothing else.
+
+    Recurrent and convolutional states are overwritten in place, which gradients do not survive, and not every such
+    layer goes on from them with more than one token (transformers 5.23).
+    """
+    layers = getattr(cache, "layers", [])  # caches of encoder-decoders have none
+    return bool(layers) and not any(hasattr(layer, "recurrent_states") for layer in layers)
+
+
 def counts_tokens(cache: Any) -> bool:
     """Whether a cache knows how many tokens it holds; one of linear attention or state-space layers alone does not."""
     return _counted(cache) is not None

@@ -78,7 +78,7 @@ class ThoughtHooks:
         self.thinker = Thinker(model, layer)
         self.names = argument_names(model)
         self.takes_positions = takes_positions(model)
-        self.two_passes = TwoPasses(model, self.names, self.takes_positions, self._run)
+        self.two_passes = TwoPasses(model, self.names, self.takes_positions, self._run_from_column_0)
         self._handles = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True),
@@ -169,15 +169,19 @@ class ThoughtHooks:
                 "of this pass. If it was replaced after the adapter was attached, unload the adapter, replace it, and "
                 "load it again; if not, the model adds to its ids before it looks them up, and cannot carry thoughts."
             )
-        if running.divided is not None:
-            return self.two_passes.end(output, running.divided)
         generation = RUNNING.get()
         if running.places and (generation is None or generation.model is not model):
             cache = find_cache(output)
             if cache is not None and not isinstance(cache, (Tensor, tuple, list)):
                 remember(cache, placement, str(self.layer.active_name()))
+        return self._in_line(output, running, placement)
+
+    def _in_line(self, output: Any, running: Pass, placement: Placement) -> Any:
+        """The outputs of a pass in the caller's columns."""
+        if running.divided is not None:
+            return self.two_passes.end(output, running.divided)
         if not placement.inserted:
-            return None
+            return output
         start, num = placement.start, placement.num_thoughts
         if running.places:
             kept, last_rows = running.kept, running.last_rows
@@ -195,29 +199,46 @@ class ThoughtHooks:
         placement = self.thinker.locate(inputs, reader)
         self._warn_unread(inputs, placement)
         hidden = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
-        if (
-            self.model.training
-            and torch.is_grad_enabled()
-            and inputs.get("labels") is not None
-            and reader.config.two_pass_training
-        ):
-            filler, trained = self.thinker.filler(reader), self.layer.softcot_projection
-            rows = self.two_passes.begin(inputs, placement, hidden, filler, trained)
-            if rows is not None:
-                return Pass(self.model, 0, placement, self._from_column(hidden, 0, inputs), divided=rows)
+        divided = self._in_two_passes(reader, inputs, placement, hidden)
+        return divided or self._in_one_pass(reader, inputs, placement, hidden)
+
+    def _in_one_pass(self, reader: PromptReader, inputs: dict[str, Any], placement: Placement, hidden: Tensor) -> Pass:
+        """Insert the thoughts into whole rows."""
         if placement.padded and self.takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         return self._place(inputs, placement, hidden, reader)
 
-    def _from_column(self, hidden: Tensor, column: int, inputs: dict[str, Any]) -> Writing:
-        """Thoughts that begin in the same column of every row of a pass."""
-        start = hidden.new_full((len(hidden),), column, dtype=torch.long)
-        return Writing(self.layer, hidden, start, inputs["input_ids"].shape)
+    def _in_two_passes(
+        self, reader: PromptReader, inputs: dict[str, Any], placement: Placement, hidden: Tensor
+    ) -> Pass | None:
+        """Run the prompts of a training step, and go on with thoughts and responses; `None` where that cannot be."""
+        if not (reader.config.two_pass_training and self.model.training and torch.is_grad_enabled()):
+            return None
+        if inputs.get("labels") is None:
+            return None
 
-    def _run(self, inputs: dict[str, Any], hidden: Tensor | None, column: int) -> Any:
-        """Run the base's forward past the hooks, for `TwoPasses`: arguments and outputs are the base's own."""
-        writing = None if hidden is None else self._from_column(hidden, column, inputs)
-        tokens = _PASS.set(Pass(self.model, 0)), WRITING.set(writing)
+        def in_one_pass(inputs: dict[str, Any], placement: Placement, hidden: Tensor) -> Any:
+            running = self._in_one_pass(reader, inputs, placement, hidden)
+            return self._in_line(self._run(inputs, running), running, placement)
+
+        filler, trained = self.thinker.filler(reader), self.layer.softcot_projection
+        rows = self.two_passes.begin(inputs, placement, hidden, filler, trained, in_one_pass)
+        return None if rows is None else self._from_column_0(inputs, hidden, rows)
+
+    def _from_column_0(self, inputs: dict[str, Any], hidden: Tensor | None, rows: Rows | None = None) -> Pass:
+        """A pass over columns of its own, which begin with the thoughts, if there are any."""
+        writing = None
+        if hidden is not None:
+            start = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+            writing = Writing(self.layer, hidden, start, inputs["input_ids"].shape)
+        return Pass(self.model, 0, None if rows is None else rows.placement, writing, divided=rows)
+
+    def _run_from_column_0(self, inputs: dict[str, Any], hidden: Tensor | None) -> Any:
+        return self._run(inputs, self._from_column_0(inputs, hidden))
+
+    def _run(self, inputs: dict[str, Any], running: Pass) -> Any:
+        """Run the base's forward past the hooks: arguments and outputs are the base's own."""
+        tokens = _PASS.set(running), WRITING.set(running.writing)
         try:
             return self.model.forward(**inputs)
         finally:

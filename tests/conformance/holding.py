@@ -164,6 +164,31 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
     return remarks
 
 
+def check_two_passes(model: PeftModel, judge: Judge) -> bool:
+    """Loss, gradients and logits of steps in two passes are those of one; returns whether there were any."""
+    base, config = model.get_base_model(), model.peft_config["default"]
+    base.training = True  # without the dropout of its layers
+    divided = False
+    for rows in ([0], [1], [0, 1]):
+        batch, found = labelled(rows, judge), []
+        for config.two_pass_training in (True, False):
+            model.zero_grad()
+            output = model(**batch)
+            output.loss.backward()
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            found.append((output, gradients))
+        (two, gradients), (one, expected) = found
+        torch.testing.assert_close(two.loss, one.loss, atol=1e-6, rtol=1e-6)
+        for gradient, other in zip(gradients, expected, strict=True):
+            assert (gradient - other).abs().max() <= 5e-6 * max(1, float(other.abs().max()))
+        attended = batch["attention_mask"].bool()
+        torch.testing.assert_close(two.logits[attended], one.logits[attended], atol=1e-4, rtol=1e-4)
+        divided = divided or type(two.logits) is not Tensor
+    base.training = False
+    config.two_pass_training = True
+    return divided
+
+
 def check_generation(model: PeftModel, judge: Judge) -> tuple[list[list[int]], list[str]]:
     """Single rows and a padded batch as the judge's; returns the batch's tokens and remarks.
 
