@@ -228,7 +228,8 @@ class TwoPasses:
     def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any) -> None:
         """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees."""
         labels = rows.labels
-        known = all(name in self._names or name == "num_items_in_batch" for name in inputs)
+        common = (*self._names, *_ASKING, "return_dict", "num_items_in_batch")
+        known = all(name in common for name, value in inputs.items() if value is not None)
         if rows.skipped and known and "logits_to_keep" in self._names:
             # A head of a trainer's own in the forward (TRL's) may not know the argument.
             inputs["logits_to_keep"] = labels.shape[1] - rows.skipped

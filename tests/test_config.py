@@ -32,6 +32,7 @@ NOT_DEFAULTS: dict[str, Any] = {
     "tokenizer_name_or_path": "org/tokenizer",
     "assistant_dtype": "bfloat16",
     "init_weights": False,
+    "two_pass_training": False,
     "assistant_hidden_size": 24,
     "base_hidden_size": 32,
     "softcot_peft_version": "0.0.1",

@@ -288,7 +288,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, pair: Pair,
         run.train()
     assert len(attention_passes) == 2 * 3  # the base's layers are computed again,
     assert passes == [False] * 3  # the assistant is not
-    assert losses(run) == losses(plain_run)
+    assert losses(run) == pytest.approx(losses(plain_run), rel=1e-6)
     torch.testing.assert_close(projection(saving), projection(plain), atol=1e-6, rtol=1e-5)
     check_frozen(saving, pair)
 

@@ -30,6 +30,7 @@ OTHER_LOSS = "its loss is not the NLL of the response"
 NO_LOSS = "its loss cannot be computed from text alone"
 RIGHT = "right padding changes its own rows"
 LEFT = "left padding changes its own rows"
+ONE_PASS = "trains in one pass"
 CACHE = "its own cached decoding differs from computing every token again"
 
 
@@ -161,7 +162,7 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
     model.train()
     check_step(model, judge, model(**labelled([0], judge)).loss)
     model.eval()
-    return remarks
+    return remarks if check_two_passes(model, judge) else [*remarks, ONE_PASS]
 
 
 def check_two_passes(model: PeftModel, judge: Judge) -> bool:

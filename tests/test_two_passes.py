@@ -1,0 +1,339 @@
+"""Training steps in two passes: the same step as in one, less work, and one pass where two are not the same."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import convert_to_fp32
+from conformance.families import build
+from conformance.holding import attach, labelled, make_judge
+from conformance.holding import make_assistant as make_family_assistant
+from conftest import Pair, make_base
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+from softcot_peft._compat import rotary_switch
+from softcot_peft.two_passes import LateLogits
+
+TEXTS = [
+    ("What is two plus two?", " four, it is"),
+    ("One?", " 1"),
+    ("How many apples are in the basket?", " seven or so"),
+]
+THOUGHT = "<thought>"
+N = 4
+
+
+def make_batch(
+    pair: Pair, side: str = "right", run: bool = False, rows: tuple[int, ...] = (0, 1, 2)
+) -> dict[str, Tensor]:
+    """Prompts and labelled responses; with a run, thought tokens and a mark stand between the two."""
+    between = pair.tokenizer(THOUGHT * N + "A:")["input_ids"] if run else []
+    parts = [[pair.tokenizer(text)["input_ids"] for text in TEXTS[row]] for row in rows]
+    pairs = [(prompt + between, response) for prompt, response in parts]
+    length = max(len(prompt + response) for prompt, response in pairs)
+
+    def pad(values: list[int], fill: int) -> list[int]:
+        padding = [fill] * (length - len(values))
+        return padding + values if side == "left" else values + padding
+
+    return {
+        "input_ids": torch.tensor([pad(prompt + response, 0) for prompt, response in pairs]),
+        "attention_mask": torch.tensor([pad([1] * len(prompt + response), 0) for prompt, response in pairs]),
+        "labels": torch.tensor([pad([-100] * len(prompt) + response, -100) for prompt, response in pairs]),
+    }
+
+
+def gradients(model: PeftModel, batch: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Outputs and gradients of a step."""
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    return output, [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+
+def check_same(model: PeftModel, batch: dict[str, Tensor], two: bool = True, atol: float = 1e-6) -> None:
+    """A step as in one pass; `two`: whether two are expected to be made."""
+    model.train()
+    output, found = gradients(model, batch)
+    assert isinstance(output.logits, LateLogits) == two
+    model.peft_config["default"].two_pass_training = False
+    plain, expected = gradients(model, batch)
+    model.peft_config["default"].two_pass_training = True
+    torch.testing.assert_close(output.loss, plain.loss, atol=atol, rtol=atol)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 2 * atol * max(1, float(other.abs().max()))
+    attended = batch["attention_mask"].bool()
+    assert output.logits.shape == plain.logits.shape
+    torch.testing.assert_close(output.logits[attended], plain.logits[attended], atol=100 * atol, rtol=100 * atol)
+
+
+@contextmanager
+def passes(model: PeftModel) -> Iterator[list[tuple[bool, int]]]:
+    """Whether each pass of the base's layers has a gradient, and its columns."""
+    seen: list[tuple[bool, int]] = []
+    layer = model.get_base_model().model.layers[-1]
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append((out.requires_grad, out.shape[1])))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 0), (0, 1, 2)], ids=["one row", "equal rows", "ragged rows"])
+@pytest.mark.parametrize("run", [False, True], ids=["prompt's end", "run"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_gradients_and_logits_are_those_of_one_pass(
+    pair: Pair, side: str, run: bool, rows: tuple[int, ...]
+) -> None:
+    model = pair.model(thought_token=THOUGHT)
+    check_same(model, make_batch(pair, side, run, rows))
+
+
+def test_prompts_have_no_gradient_and_are_run_once(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    starts = (batch["labels"] != -100).int().argmax(1)
+    lengths = batch["attention_mask"].sum(1)
+    gradients(model, batch)  # the first step is tried both ways
+    with passes(model) as seen:
+        gradients(model, batch)
+    assert seen == [(False, int(starts.max())), (True, N + int((lengths - starts).max()))]
+
+
+def test_logits_are_made_only_where_they_are_read(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    output, _ = gradients(model, batch)
+    with passes(model) as seen:
+        assert output.logits.shape == (*batch["input_ids"].shape, len(pair.tokenizer))
+        assert (output.logits.dtype, output.logits.device, output.logits.dim()) == (torch.float32, model.device, 3)
+        assert len(output.logits) == 3
+        assert output.logits.size(1) == batch["input_ids"].shape[1]
+        assert convert_to_fp32(output).logits is output.logits  # what accelerate does to every output
+        assert seen == []
+        first = output.logits.argmax(-1)
+        assert len(seen) == 1
+        assert torch.equal(output["logits"].argmax(-1), first)  # kept
+        assert len(seen) == 1
+    assert type(output.logits[0]) is Tensor
+
+
+def test_read_logits_have_gradients(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    labels = batch["labels"][:, 1:]
+    found = []
+    for model.peft_config["default"].two_pass_training in (True, False):
+        model.zero_grad()
+        logits = model(**batch).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels).backward()
+        found.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_what_reaches_past_the_logits_reads_no_zeros(pair: Pair) -> None:
+    logits = pair.model().train()(**make_batch(pair)).logits
+    assert torch.Tensor.as_subclass(LateLogits.whole(logits), Tensor).isfinite().all()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert logits.isnan().all()
+
+
+def test_outputs_per_token_other_than_logits_are_zero_before_the_thoughts(pair: Pair) -> None:
+    trl = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    base, found = pair.load_base(), []
+    trl.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    torch.manual_seed(0)
+    model, batch = get_peft_model(base, pair.config()).train(), make_batch(pair)
+    for model.peft_config["default"].two_pass_training in (True, False):
+        with passes(model) as seen:
+            output = model(**batch, fused_lm_head=True)
+        found.append((output, len(seen)))
+    (two, more), (one, once) = found
+    assert more > once == 1
+    assert two.logits is None if hasattr(two, "logits") else True
+    torch.testing.assert_close(two.loss, one.loss, atol=1e-6, rtol=1e-6)
+    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["use_cache", "output_hidden_states", "output_attentions", "position_ids", "tuple"])
+def test_what_two_passes_cannot_give_is_given_by_one(pair: Pair, given: str) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    where = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    option = {"position_ids": {"position_ids": where}, "tuple": {"return_dict": False}}.get(given, {given: True})
+    output = model(**batch, **option)
+    logits = output[1] if given == "tuple" else output.logits
+    assert type(logits) is Tensor
+    if given == "use_cache":
+        assert output.past_key_values is not None
+    if given == "output_hidden_states":
+        assert all(state.shape[1] == batch["input_ids"].shape[1] for state in output.hidden_states)
+
+
+@pytest.mark.parametrize("change", ["checkpointing", "weights"])
+def test_steps_that_need_one_pass_take_it_and_say_so_once(
+    pair: Pair, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = pair.model(), make_batch(pair)
+    if change == "checkpointing":
+        base = model.get_base_model()  # its method has another name since transformers 5.23
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+        model.get_base_model().enable_input_require_grads()
+    else:
+        model.get_base_model().lm_head.weight.requires_grad_()
+    caplog.set_level(logging.INFO, "softcot_peft")
+    check_same(model, batch, two=False)
+    gradients(model, batch)
+    (record,) = [record for record in caplog.records if record.name.startswith("softcot_peft")]
+    assert record.levelno == logging.INFO
+    assert {"checkpointing": "gradient checkpointing", "weights": "are trained"}[change] in record.getMessage()
+
+
+# peft's own, whenever a base that carries an adapter gets another one
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_a_lora_that_is_trained_beside_gets_its_gradients_from_prompts_too(pair: Pair) -> None:
+    base = pair.load_base()
+    base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "lora")
+    torch.manual_seed(0)
+    model = get_peft_model(base, pair.config())
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.requires_grad_()
+    check_same(model, make_batch(pair), two=False)
+
+
+def test_the_field_turns_it_off_and_evaluation_is_as_it_was(pair: Pair) -> None:
+    batch = make_batch(pair)
+    assert type(pair.model(two_pass_training=False).train()(**batch).logits) is Tensor
+    assert type(pair.model()(**batch).logits) is Tensor
+    with torch.no_grad():
+        assert type(pair.model().train()(**batch).logits) is Tensor
+
+
+def test_a_window_shorter_than_the_prompt(pair: Pair) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(pair.tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=5,
+        initializer_range=0.4,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    config_of_adapter = pair.config(tokenizer_name_or_path=str(pair.base))
+    check_same(get_peft_model(MistralForCausalLM(config), config_of_adapter), make_batch(pair))
+
+
+def test_rotary_frequencies_that_change_with_the_length(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "softcot_peft")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    torch.manual_seed(0)
+    base = make_base(len(pair.tokenizer), rope_parameters=rope)
+    assert rotary_switch(base.config) == 512
+    assert rotary_switch(pair.load_base().config) is None
+    batch = make_batch(pair)
+    model = get_peft_model(base, pair.config(tokenizer_name_or_path=str(pair.base)))
+    check_same(model, batch)
+    base.config.max_position_embeddings = batch["input_ids"].shape[1]
+    check_same(model, batch, two=False)
+    assert "rotary frequencies change" in caplog.text
+
+
+def test_dropout_is_on_in_both_passes_and_off_while_they_are_tried(pair: Pair) -> None:
+    base = pair.load_base()
+    torch.manual_seed(0)
+    model, batch = get_peft_model(base, pair.config()).train(), make_batch(pair)
+    base.model.layers[0].eval()  # a caller's own choice
+    before = [module.training for module in model.modules()]
+    gradients(model, batch)
+    assert [module.training for module in model.modules()] == before
+    modes: list[bool] = []
+    base.model.layers[1].register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    gradients(model, batch)
+    assert modes == [True, True]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 2], ids=["prompts", "thoughts"])
+def test_a_step_that_is_broken_off_leaves_nothing(pair: Pair, error: type[BaseException], at: int) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    expected = gradients(model, batch)[0].loss
+    count = 0
+
+    def fail(module: torch.nn.Module, args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise error("broken off")
+
+    handle = model.get_base_model().model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(error, match="broken off"):
+        model(**batch)
+    handle.remove()
+    assert torch.equal(gradients(model, batch)[0].loss, expected)
+    with pytest.raises(ValueError, match="outside of a call"):
+        model.get_base_model().model(batch["input_ids"])
+
+
+def test_a_base_in_bfloat16(pair: Pair) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(pair.load_base().bfloat16(), pair.config())
+    check_same(model, make_batch(pair), atol=2e-2)
+
+
+def test_under_autocast(pair: Pair) -> None:
+    model, batch, losses = pair.model().train(), make_batch(pair), []
+    for model.peft_config["default"].two_pass_training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(**batch)
+        losses.append(output.loss)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=2e-2)
+
+
+# torch's compiler looks at the gradients of what enters its graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_base(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    expected, found = gradients(model, batch)
+    compiled = torch.compile(model, backend="eager")
+    model.zero_grad()
+    output = compiled(**batch)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-6, rtol=1e-6)
+    for weight, gradient in zip((w for w in model.parameters() if w.grad is not None), found, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "two"),
+    [
+        ("llama", (True, True)),
+        ("bart", (True, False)),  # counts positions by column
+        ("jamba", (False, False)),  # has recurrent states
+        ("prophetnet", (False, False)),  # raises where a cache is followed by more than one token
+    ],
+)
+def test_families_that_cannot_go_on_from_padded_or_cached_prompts_are_found_out(
+    model_type: str, two: tuple[bool, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "softcot_peft")
+    assistant, base = make_family_assistant(), build(model_type)
+    plain = copy.deepcopy(base)
+    model = attach(base)
+    judge = make_judge(model, plain, assistant)
+    base.training = True
+    for rows, divided in zip(([0], [0, 1]), two, strict=True):
+        assert isinstance(model(**labelled(rows, judge)).logits, LateLogits) == divided
+    assert ("run in one pass" in caplog.text) == (two != (True, True))
