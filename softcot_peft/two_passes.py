@@ -155,6 +155,8 @@ class TwoPasses:
             return "its forward takes no cache"
         if checkpoints(self.model):
             return "gradient checkpointing makes no cache"
+        if placement.latest < placement.num_thoughts:  # masks after a cache are tables of rest by all columns
+            return "prompts are shorter than the thoughts"
         own = set(trained.parameters())
         if any(weight.requires_grad and weight not in own for weight in self.model.parameters()):
             return "weights of the base are trained, so that prompts have gradients too"
