@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Cache,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
@@ -326,6 +328,13 @@ def holds_attention_alone(cache: Any) -> bool:
     """
     layers = getattr(cache, "layers", [])  # caches of encoder-decoders have none
     return bool(layers) and not any(hasattr(layer, "recurrent_states") for layer in layers)
+
+
+def is_dynamic(cache: Any) -> bool:
+    """Whether a cache is one that grows with what it is given, rows included, and holds keys and values alone."""
+    layers = getattr(cache, "layers", [])
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in kinds for layer in layers)
 
 
 def counts_tokens(cache: Any) -> bool:

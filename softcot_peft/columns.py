@@ -146,6 +146,21 @@ def restore(
     return _map_tensors(output, change)
 
 
+def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
+    """Give each row the values of the distinct row that it repeats.
+
+    Args:
+        output: The output of a pass over distinct rows.
+        source: Which of them each row repeats, `(B,)`.
+        num: How many there are.
+    """
+
+    def change(tensor: Tensor, name: str) -> Tensor:
+        return tensor[source.to(tensor.device)] if tensor.dim() > 1 and len(tensor) == num else tensor
+
+    return _map_tensors(output, change)
+
+
 def restore_keys(output: _T, start: Tensor, num: int) -> _T:
     """Drop thought positions from the key columns of attentions in a decoding step's output.
 

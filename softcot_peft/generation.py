@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
-from ._compat import cache_length, find_cache
+from ._compat import cache_length, find_cache, is_dynamic
 from .caches import crop_in_callers_columns
 from .placement import Placement, align_left, trailing
 from .reader import PromptReader
@@ -31,8 +31,10 @@ class Generation:
     Args:
         model: The base.
         placement: Where the thoughts stand in the prompts, which end in the last column.
-        hidden: The assistant's hidden states at the thought positions, `(B, N, H_assistant)`.
+        hidden: The assistant's hidden states at the thought positions of D distinct prompts, `(D, N, H_assistant)`.
         length: Columns of the prompts.
+        first: The first row of each distinct prompt, `(D,)`.
+        source: Which distinct prompt each row has, `(B,)`.
         consumed: Columns that the base has read so far; fewer than `length` during chunked prefill.
     """
 
@@ -40,6 +42,8 @@ class Generation:
     placement: Placement
     hidden: Tensor
     length: int
+    first: Tensor
+    source: Tensor
     consumed: int = 0
     _expanded: Placement | None = None
 
@@ -48,6 +52,29 @@ class Generation:
         if self._expanded is None or len(self._expanded.start) != rows:
             self._expanded = self.placement.expand(rows)
         return self._expanded
+
+    def sources(self, rows: int) -> Tensor:
+        """Which distinct prompt each of `rows` rows has: beams and returned sequences follow their row."""
+        return self.source.repeat_interleave(rows // len(self.source))
+
+    def shares(self, inputs: dict[str, Any], cache: Any) -> bool:
+        """Whether a pass over all prompts can be made for the distinct ones alone, and its cache be copied then."""
+        batch, length = forward_inputs.tokens(inputs).shape[:2]
+        return (
+            len(self.first) < batch
+            and length == self.length
+            and is_dynamic(cache)
+            and all(len(value) == batch for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
+            and not any(inputs.get(name) for name in forward_inputs.PER_TOKEN_OUTPUTS)
+        )
+
+    def distinct(self, inputs: dict[str, Any]) -> Placement:
+        """Keep the first row of each distinct prompt in a pass's arguments, and return where their thoughts stand."""
+        times = len(forward_inputs.tokens(inputs)) // len(self.source)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                inputs[name] = value[times * self.first]
+        return self.placement.select(self.first)
 
     @property
     def prefilled(self) -> bool:
@@ -104,8 +131,11 @@ def _start(
 ) -> Generation:
     """Place the thoughts, have the assistant think, and align right-padded prompts to the left, within the dict."""
     placement = thinker.locate(inputs, reader)
-    hidden = thinker.think(inputs.get("input_ids"), placement, reader, **own)
     mask = inputs["attention_mask"]
+    distinct, source = _distinct_rows(inputs, own, mask)
+    ids = inputs.get("input_ids")
+    few = placement if len(distinct) == len(source) else placement.select(distinct)
+    hidden = thinker.think(ids if ids is None else ids[distinct], few, reader, **own)
     if placement.padded and (mask[:, -1] == 0).any():
         for name in ("input_ids", "inputs_embeds", "position_ids"):
             if isinstance(inputs.get(name), Tensor) and inputs[name].shape[:2] == mask.shape:
@@ -116,7 +146,22 @@ def _start(
         column = latest if first == latest else None
         mask = inputs["attention_mask"]
         placement = replace(placement, start=start, attention_mask=mask, latest=latest, column=column)
-    return Generation(thinker.model, placement, hidden, mask.shape[1])
+    return Generation(thinker.model, placement, hidden, mask.shape[1], distinct, source)
+
+
+def _distinct_rows(inputs: dict[str, Any], own: dict[str, Tensor | None], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are the first of their prompt, `(D,)`, and which of these each row repeats, `(B,)`.
+
+    Samples of one prompt are often asked for as rows next to each other. They share its thoughts and its prefill.
+    """
+    rows, ids = torch.arange(len(mask), device=mask.device), inputs.get("input_ids")
+    others = [value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")]
+    rowwise = any(isinstance(value, Tensor) and value.dim() > 1 for value in (*others, *own.values()))
+    if len(rows) == 1 or ids is None or rowwise:
+        return rows, rows
+    both = torch.cat([ids, mask.to(ids)], 1)
+    new = torch.cat([rows[:1] == 0, (both[1:] != both[:-1]).any(1)])
+    return rows[new], new.cumsum(0) - 1
 
 
 def _option(name: str, inputs: dict[str, Any], model: PreTrainedModel) -> Any:

@@ -21,7 +21,7 @@ from . import inputs as forward_inputs
 from ._compat import argument_names, cache_length, find_cache, takes_positions, uncompiled
 from ._saving import save_base
 from .caches import recall, remember
-from .columns import restore, restore_keys
+from .columns import repeat_rows, restore, restore_keys
 from .doors import Replaced, backbones, close, refuse_backbone
 from .generation import RUNNING, Generation, generate, prepare_cache
 from .layer import WRITING, SoftCoTLayer, Writing
@@ -43,6 +43,7 @@ class Pass:
         places: Whether the thought positions are among this pass's columns.
         kept: The caller's columns whose logits were asked for, when both of their possible rows were computed.
         last_rows: Whether only the last rows of logits were asked for.
+        repeats: Which of this pass's rows each row of the caller's repeats, `(B,)`; `None` where all are the caller's.
         divided: The rows of a training step whose prompts were run before; `None` in all other passes.
         outer: The pass that was running before.
     """
@@ -54,6 +55,7 @@ class Pass:
     places: bool = False
     kept: Tensor | None = None
     last_rows: bool = False
+    repeats: Tensor | None = None
     divided: Rows | None = None
     outer: Pass | None = None
 
@@ -177,7 +179,14 @@ class ThoughtHooks:
         return self._in_line(output, running, placement)
 
     def _in_line(self, output: Any, running: Pass, placement: Placement) -> Any:
-        """The outputs of a pass in the caller's columns."""
+        """The outputs of a pass in the caller's rows and columns."""
+        if running.repeats is not None:
+            cache = find_cache(output)
+            output = repeat_rows(
+                self._in_line(output, replace(running, repeats=None), placement), running.repeats, len(placement.start)
+            )
+            cache.batch_select_indices(running.repeats)
+            return output
         if running.divided is not None:
             return self.two_passes.end(output, running.divided)
         if not placement.inserted:
@@ -288,8 +297,11 @@ class ThoughtHooks:
         generation.consumed = seen + length
         if placement.inserted and not generation.prefilled:
             return Pass(self.model, length)  # the thoughts come after the last chunk
-        hidden = generation.hidden.repeat_interleave(batch // len(generation.hidden), dim=0)
-        return self._place(inputs, placement, hidden, reader, seen)
+        source = generation.sources(batch)
+        if seen == 0 and cache_length(cache) == 0 and generation.shares(inputs, cache):
+            running = self._place(inputs, generation.distinct(inputs), generation.hidden, reader)
+            return replace(running, repeats=source)
+        return self._place(inputs, placement, generation.hidden[source], reader, seen)
 
     def _refuse_late_run(self, inputs: dict[str, Any], reader: PromptReader) -> None:
         """Refuse a run of thought tokens after a cache: the assistant would have to read the prompt before it."""

@@ -24,6 +24,7 @@ _KINDS: dict[str, tuple[torch.dtype, ...]] = {  # what arguments may hold; nothi
     "assistant_input_ids": (torch.int64, torch.int32),
     "assistant_attention_mask": (),
 }
+PER_TOKEN_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 OWN_NAMES = ("assistant_input_ids", "assistant_attention_mask")
 
 

@@ -19,14 +19,13 @@ from transformers import PreTrainedModel
 
 from ._compat import CACHE_NAMES, cache_length, checkpoints, find_cache, holds_attention_alone, is_whole, rotary_switch
 from .columns import take
+from .inputs import PER_TOKEN_OUTPUTS
 from .placement import IGNORED, Placement, positions, prompts
 
 _LOGGER = logging.getLogger(__name__)
 # Arguments that can be divided between the passes, or say nothing about a token.
 _DIVIDED = ("input_ids", "attention_mask", "labels")
-# What may be asked for beyond logits and loss, and is not known of prompts.
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 0.1  # relative; TF32 rounds as coarsely as float16
-_ASKING = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 Run = Callable[[dict[str, Any], Tensor | None], Any]
 InOnePass = Callable[[dict[str, Any], Placement, Tensor], Any]
@@ -168,7 +167,7 @@ class TwoPasses:
         if inputs.get("input_ids") is None or inputs.get("logits_to_keep") or inputs.get("use_cache"):
             return "`inputs_embeds`, `logits_to_keep` or `use_cache` is given"
         config = self.model.config.get_text_config(decoder=True)
-        for name, wanted in {**dict.fromkeys(_ASKING, False), "return_dict": True}.items():
+        for name, wanted in {**dict.fromkeys(PER_TOKEN_OUTPUTS, False), "return_dict": True}.items():
             given = inputs.get(name)
             if bool(getattr(config, name, wanted) if given is None else given) is not wanted:
                 return f"`{name}` is {not wanted}"
@@ -230,7 +229,7 @@ class TwoPasses:
     def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any) -> None:
         """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees."""
         labels = rows.labels
-        common = (*self._names, *_ASKING, "return_dict", "num_items_in_batch")
+        common = (*self._names, *PER_TOKEN_OUTPUTS, "return_dict", "num_items_in_batch")
         known = all(name in common for name, value in inputs.items() if value is not None)
         if rows.skipped and known and "logits_to_keep" in self._names:
             # A head of a trainer's own in the forward (TRL's) may not know the argument.
