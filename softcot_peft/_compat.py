@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets
 
 # Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
 PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
+
+# What a call leaves in the state of a tokenizer (tokenizers 0.22).
+_CALL_STATE = ("truncation", "padding")
 
 _WIDEST = 2**16  # hidden states, several times those of the widest published LM
 
@@ -174,6 +178,16 @@ def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
     For some architectures (Qwen2, GPT-2) transformers 5 makes one where the folder holds no tokenizer at all.
     """
     return len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """All that decides which ids a tokenizer makes of a text, and the other way round."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # not where a tokenizer is all Python
+    if backend is None:
+        state = {"class": type(tokenizer).__name__, "added": sorted(tokenizer.get_added_vocab().items())}
+        return json.dumps(state | {"vocabulary": sorted(tokenizer.get_vocab().items())}).encode()
+    state = {name: part for name, part in json.loads(backend.to_str()).items() if name not in _CALL_STATE}
+    return json.dumps(state).encode()
 
 
 def is_whole(weight: Tensor) -> bool:
