@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .fingerprint import fingerprint, refuse_stale, written
+from .fingerprint import N, fingerprint, refuse_stale, written
 from .lookup import FINGERPRINT, KEY, STATES, ThoughtLookup, prompt_keys
 from .model import hooks_of
 from .placement import IGNORED, prompts
@@ -24,7 +24,7 @@ _RESPONSE_MASKS = ("completion_mask", "assistant_masks")  # TRL's, 1 = predicted
 class ComputeThoughts:
     """The function for `dataset.map` that [`compute_thoughts`] makes.
 
-    `datasets` names its cache after the pickle of this: the fingerprint and N, the same in every process.
+    `datasets` names its cache after the pickle of this: all that decides its results, the same in every process.
 
     Args:
         thinker: The base's.
@@ -36,10 +36,10 @@ class ComputeThoughts:
         self._thinker = thinker
         self._reader = replace(reader, lookup=None)
         self._num = num_thoughts
-        self._fingerprint = fingerprint(reader, num_thoughts)
+        self._fingerprint = fingerprint(reader, num_thoughts or reader.config.num_thought_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Elsewhere, (written(self._fingerprint), self._num)
+        return _Elsewhere, (written(self._fingerprint), self._num, self._reader.thought_token_id)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the thoughts of some rows.
@@ -58,7 +58,7 @@ class ComputeThoughts:
             ValueError: There are no token ids, or the rows cannot carry thoughts.
         """
         inputs = _padded(batch, self._thinker.layer.weight.device)
-        placement = self._thinker.locate(inputs, self._reader, self._num or self._reader.config.num_thought_tokens)
+        placement = self._thinker.locate(inputs, self._reader, self._fingerprint[N])
         num = placement.num_thoughts
         if self._num not in (None, num):
             raise ValueError(
@@ -69,15 +69,15 @@ class ComputeThoughts:
         if hidden.dtype == torch.bfloat16:  # which Arrow does not know
             hidden = hidden.float()
         keys = prompt_keys(*prompts(inputs["input_ids"], placement), num)
-        text = written(self._fingerprint | {"num_thought_tokens": num})
+        text = written(self._fingerprint | {N: num})
         return {STATES: hidden.flatten(1).numpy(), KEY: keys.cpu().numpy(), FINGERPRINT: [text] * len(keys)}
 
 
 class _Elsewhere:
     """What `ComputeThoughts` is in another process."""
 
-    def __init__(self, text: str, num_thoughts: int | None) -> None:
-        self._state = text, num_thoughts
+    def __init__(self, *state: str | int | None) -> None:
+        self._state = state
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Elsewhere, self._state
@@ -95,9 +95,9 @@ def compute_thoughts(model: nn.Module, num_thought_tokens: int | None = None) ->
         thoughts = dataset.map(compute_thoughts(model), batched=True, batch_size=16)
 
     `datasets` shows its progress, keeps the result in an Arrow file, and finds it again when the script is run again,
-    unless the assistant, its commit, template, tokens or N have changed. (What it makes of a data set in memory stays in
-    memory, unless `cache_file_name` says where to put it.) Kept is what the assistant says, `N x H_assistant` numbers a
-    row; the projection, which training changes, is applied to them as ever.
+    unless the assistant, its commit, template, tokens or N have changed. (What it makes of a data set in memory stays
+    in memory, unless `cache_file_name` says where to put it.) Kept is what the assistant says, `N x H_assistant`
+    numbers a row; the projection, which training changes, is applied to them as ever.
 
     Args:
         model: The PEFT model, or the base that the adapter was injected into; its active adapter's thoughts.
