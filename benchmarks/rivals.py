@@ -159,7 +159,7 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
         PROMPT_TUNING: lambda: _called(prompt_tuning(pair, num), batch),
         LORA: lambda: _called(lora(pair), batch),
         BASE: lambda: _base(pair, batch),
-        CACHED: lambda: _called(_cached(attach(pair, num), batch), batch),
+        CACHED: lambda: _called(cached(attach(pair, num), batch), batch),
     }
     if PLAIN_PATH_FIELD in softcot_peft.SoftCoTConfig.__dataclass_fields__:
         makers[PLAIN_PATH] = lambda: _called(attach(pair, num, **{PLAIN_PATH_FIELD: False}), batch)
@@ -177,17 +177,18 @@ def prompt_tuning(pair: Pair, num: int) -> PeftModel:
     return get_peft_model(twin(pair.base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num))
 
 
-def _called(model: nn.Module, batch: Batch) -> Step:
-    model = training(model)
-    return backward(model, lambda: model(**batch.rows).loss)
-
-
-def _cached(model: PeftModel, batch: Batch) -> PeftModel:
+def cached(model: PeftModel, batch: Batch) -> PeftModel:
+    """A model that looks the thoughts of a batch up in a file, as its users have it."""
     rows = datasets.Dataset.from_dict({name: rows.tolist() for name, rows in batch.rows.items()})
-    with tempfile.TemporaryDirectory() as folder:  # its file stays readable while it is mapped, on Linux
+    with tempfile.TemporaryDirectory() as folder:  # the file is mapped, and readable to the end
         file = f"{folder}/thoughts.arrow"
         use_thoughts(model, rows.map(compute_thoughts(model), batched=True, batch_size=16, cache_file_name=file))
     return model
+
+
+def _called(model: nn.Module, batch: Batch) -> Step:
+    model = training(model)
+    return backward(model, lambda: model(**batch.rows).loss)
 
 
 def _plain(pair: Pair, projection: nn.Linear, batch: Batch) -> Step:

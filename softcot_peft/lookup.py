@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sized
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,8 +85,8 @@ class _Dataset:
 
     def take(self, rows: Tensor) -> Tensor:
         """Hidden states of some rows, `(B, N x H)`, in memory of their own."""
-        numbers = self.states[rows.tolist()].column(STATES).combine_chunks().flatten()
-        return torch.tensor(numbers.to_numpy(zero_copy_only=False)).view(len(rows), -1)
+        chunks = self.states[rows.tolist()].column(STATES).chunks  # of the file, not copied yet
+        return torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])).view(len(rows), -1)
 
 
 class ThoughtLookup:
