@@ -189,7 +189,7 @@ def cache_thoughts(model: PeftModel, rows: list[Example], args: Namespace) -> No
     compute = compute_thoughts(model)
     file = Path(args.output_dir, "thoughts", f"{Hasher.hash((rows, compute))}.arrow")
     file.parent.mkdir(parents=True, exist_ok=True)
-    options = {"batched": True, "batch_size": 16, "writer_batch_size": 64, "cache_file_name": str(file)}
+    options = {"batched": True, "batch_size": 16, "cache_file_name": str(file)}
     with PartialState().local_main_process_first():
         thoughts = Dataset.from_list(rows).map(compute, desc="thoughts", **options)
     use_thoughts(model, thoughts)

@@ -561,8 +561,9 @@ def test_one_key_for_two_different_thoughts_is_refused(pair: Pair) -> None:
     model, rows = make_model(pair), examples(pair)
     thoughts = compute_thoughts(model)({name: [row[name] for row in rows] for name in rows[0]})
     thoughts["thoughts_key"][3] = thoughts["thoughts_key"][1]
-    with pytest.raises(ValueError, match=r"one list of thoughts for each `thoughts_key`, but rows \[1, 3\] share one"):
-        use_thoughts(model, thoughts)
+    for kind in (dict, datasets.Dataset.from_dict):
+        with pytest.raises(ValueError, match=r"one list of thoughts for each `thoughts_key`, but rows \[1, 3\] share"):
+            use_thoughts(model, kind(thoughts))
 
 
 def test_wrong_arguments_are_refused(pair: Pair) -> None:
