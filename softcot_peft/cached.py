@@ -57,7 +57,7 @@ class ComputeThoughts:
             TypeError: The rows come one by one.
             ValueError: There are no token ids, or the rows cannot carry thoughts.
         """
-        inputs = _padded(batch, self._thinker.layer.weight.device)
+        inputs = _padded(batch)
         placement = self._thinker.locate(inputs, self._reader, self._fingerprint[N])
         num = placement.num_thoughts
         if self._num not in (None, num):
@@ -70,7 +70,7 @@ class ComputeThoughts:
             hidden = hidden.float()
         keys = prompt_keys(*prompts(inputs["input_ids"], placement), num)
         text = written(self._fingerprint | {N: num})
-        return {STATES: hidden.flatten(1).numpy(), KEY: keys.cpu().numpy(), FINGERPRINT: [text] * len(keys)}
+        return {STATES: hidden.flatten(1).numpy(), KEY: keys.numpy(), FINGERPRINT: [text] * len(keys)}
 
 
 class _Elsewhere:
@@ -97,7 +97,8 @@ def compute_thoughts(model: nn.Module, num_thought_tokens: int | None = None) ->
     `datasets` shows its progress, keeps the result in an Arrow file, and finds it again when the script is run again,
     unless the assistant, its commit, template, tokens or N have changed. (What it makes of a data set in memory stays
     in memory, unless `cache_file_name` says where to put it.) Kept is what the assistant says, `N x H_assistant`
-    numbers a row; the projection, which training changes, is applied to them as ever.
+    numbers a row; the projection, which training changes, is applied to them as ever. The assistant runs where the
+    model is.
 
     Args:
         model: The PEFT model, or the base that the adapter was injected into; its active adapter's thoughts.
@@ -160,8 +161,11 @@ def _active(model: nn.Module) -> tuple[Thinker, PromptReader]:
     return thinker, reader
 
 
-def _padded(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The columns that say where the prompts are, as a forward takes them: each `(B, L)`, padded on the right."""
+def _padded(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The columns that say where the prompts are, as a forward takes them: each `(B, L)`, padded on the right.
+
+    In host memory: the assistant takes its input to where it runs.
+    """
     name = "input_ids" if "input_ids" in batch else "prompt_ids"
     if name not in batch:
         raise ValueError(f"`input_ids` must be a column, got {sorted(batch)}. Tokenize the data set first.")
@@ -180,4 +184,4 @@ def _padded(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]
         for mask in predicted:
             labels = labels.where(pad([torch.as_tensor(row) for row in batch[mask]]) == 1, IGNORED)
         inputs["labels"] = labels
-    return {key: tensor.to(device) for key, tensor in inputs.items()}
+    return inputs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import QUESTIONS, Pair
 from hypothesis import given
 from hypothesis import strategies as st
@@ -302,9 +305,10 @@ def test_the_assistant_is_released_and_loaded_again_when_needed(pair: Pair) -> N
     model, rows = make_model(pair), examples(pair)
     assistant = reader_of(model).assistant
     plain = model(**collate(rows)).loss
-    backbone = assistant.backbone(torch.device("cpu"))
-    use_thoughts(model, computed(model, rows))
-    assert sys.getrefcount(backbone) == 2  # this name, and the argument of the call
+    thoughts, backbone = computed(model, rows), weakref.ref(assistant.backbone(torch.device("cpu")))
+    use_thoughts(model, thoughts)
+    gc.collect()
+    assert backbone() is None
     model(**collate(rows))
     assert assistant._backbone is None
     use_thoughts(model, None)
@@ -618,6 +622,15 @@ def test_a_bare_base_with_an_injected_adapter(pair: Pair, tmp_path: Path, monkey
     use_thoughts(base, computed(base, rows))
     with no_assistant(monkeypatch):
         assert torch.equal(base(**collate(rows)).loss, plain)
+
+
+def test_an_offloaded_base(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = make_model(pair).eval(), examples(pair)
+    plain = model(**collate(rows)).loss
+    cpu_offload(model, torch.device("cpu"))
+    use_thoughts(model, computed(model, rows))
+    with no_assistant(monkeypatch):
+        assert torch.equal(model(**collate(rows)).loss, plain)
 
 
 def test_copies_share_the_data_set_and_pickles_leave_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
