@@ -34,9 +34,6 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets
 # Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
 PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
 
-# What a call leaves in the state of a tokenizer (tokenizers 0.22).
-_CALL_STATE = ("truncation", "padding")
-
 _WIDEST = 2**16  # hidden states, several times those of the widest published LM
 
 # Where `accelerate launch` says that processes but the first are to leave weights empty (accelerate 1.15).
@@ -184,10 +181,10 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
     """All that decides which ids a tokenizer makes of a text, and the other way round."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # not where a tokenizer is all Python
     if backend is None:
-        state = {"class": type(tokenizer).__name__, "added": sorted(tokenizer.get_added_vocab().items())}
-        return json.dumps(state | {"vocabulary": sorted(tokenizer.get_vocab().items())}).encode()
-    state = {name: part for name, part in json.loads(backend.to_str()).items() if name not in _CALL_STATE}
-    return json.dumps(state).encode()
+        words = [sorted(vocabulary.items()) for vocabulary in (tokenizer.get_vocab(), tokenizer.get_added_vocab())]
+        return json.dumps([type(tokenizer).__name__, *words]).encode()
+    # Truncation and padding, which are the last call's, stand before it (tokenizers 0.23). A parser would take a second.
+    return str(backend.to_str()).rpartition('"added_tokens":[')[2].encode()
 
 
 def is_whole(weight: Tensor) -> bool:

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizer, Trainer, TrainingArguments
 
 import softcot_peft.assistant
 from softcot_peft import compute_thoughts, use_assistant, use_thoughts
+from softcot_peft._compat import tokenizer_state
 from softcot_peft.assistant import Assistant
 from softcot_peft.lookup import prompt_keys
 from softcot_peft.reader import PromptReader
@@ -429,6 +430,22 @@ def test_a_stale_data_set_is_refused_by_what_differs(
         use_thoughts(model, thoughts)
     assert reader_of(model).lookup is None
     use_thoughts(model, computed(model, rows))
+
+
+def test_what_a_call_leaves_in_a_tokenizer_is_not_in_its_state(pair: Pair) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    before = tokenizer_state(tokenizer)
+    tokenizer(QUESTIONS, padding=True, truncation=True, max_length=5)
+    assert tokenizer_state(tokenizer) == before
+    assert b"apples" in before
+    tokenizer.add_tokens(["<new>"])
+    assert tokenizer_state(tokenizer) != before
+    sentence = PreTrainedTokenizer.__new__(PreTrainedTokenizer)
+    vocabulary = {"a": 0}
+    sentence.get_vocab = sentence.get_added_vocab = lambda: vocabulary  # one that is all Python
+    before = tokenizer_state(sentence)
+    vocabulary["b"] = 1
+    assert tokenizer_state(sentence) != before
 
 
 def test_a_copied_folder_is_not_stale(pair: Pair, tmp_path: Path) -> None:
