@@ -183,7 +183,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
     if backend is None:
         words = [sorted(vocabulary.items()) for vocabulary in (tokenizer.get_vocab(), tokenizer.get_added_vocab())]
         return json.dumps([type(tokenizer).__name__, *words]).encode()
-    # Truncation and padding, which are the last call's, stand before it (tokenizers 0.23). A parser would take a second.
+    # Truncation and padding, which are the last call's, stand before it (tokenizers 0.23); a parser takes a second.
     return str(backend.to_str()).rpartition('"added_tokens":[')[2].encode()
 
 
