@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     logging.set_verbosity_error()
     # peft 0.21 reads an attribute that transformers 5.23 renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

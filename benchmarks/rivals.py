@@ -9,8 +9,10 @@ A step is forward and backward, without the optimizer, which is the same for all
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 
+import datasets
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch.utils.benchmark import timer
 from transformers import DynamicCache
 
 import softcot_peft
+from softcot_peft import compute_thoughts, use_thoughts
 
 from .models import IGNORED, Batch, M, Pair, attach, projection_of, twin
 
@@ -156,7 +159,7 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
         PROMPT_TUNING: lambda: _called(prompt_tuning(pair, num), batch),
         LORA: lambda: _called(lora(pair), batch),
         BASE: lambda: _base(pair, batch),
-        # CACHED goes here, as its users train with it, when the package can train with thoughts computed once.
+        CACHED: lambda: _called(cached(attach(pair, num), batch), batch),
     }
     if PLAIN_PATH_FIELD in softcot_peft.SoftCoTConfig.__dataclass_fields__:
         makers[PLAIN_PATH] = lambda: _called(attach(pair, num, **{PLAIN_PATH_FIELD: False}), batch)
@@ -172,6 +175,15 @@ def lora(pair: Pair) -> PeftModel:
 def prompt_tuning(pair: Pair, num: int) -> PeftModel:
     """A twin of the base with PEFT's prompt tuning, `num` virtual tokens."""
     return get_peft_model(twin(pair.base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num))
+
+
+def cached(model: PeftModel, batch: Batch) -> PeftModel:
+    """A model that looks the thoughts of a batch up in a file, as its users have it."""
+    rows = datasets.Dataset.from_dict({name: rows.tolist() for name, rows in batch.rows.items()})
+    with tempfile.TemporaryDirectory() as folder:  # the file is mapped, and readable to the end
+        file = f"{folder}/thoughts.arrow"
+        use_thoughts(model, rows.map(compute_thoughts(model), batched=True, batch_size=16, cache_file_name=file))
+    return model
 
 
 def _called(model: nn.Module, batch: Batch) -> Step:

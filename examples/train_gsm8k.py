@@ -9,6 +9,7 @@ user's turn, as in the paper. `@examples/recipes/qwen2.5-7b.txt` reads options f
 line and comments behind `#`; options that come later win. Base and assistant may be folders (`make_tiny_pair.py` makes
 a pair to try), data may be JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it
 with `accelerate launch` and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow.
+`--cache-thoughts` has the assistant read each training prompt once, before training, instead of in every epoch.
 `--controls` tells how much of a score is due to what the thoughts say; `evaluate.py` asks other tasks.
 """
 
@@ -40,7 +41,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from softcot_peft import SoftCoTConfig, with_thought_tokens
+from softcot_peft import SoftCoTConfig, compute_thoughts, use_thoughts, with_thought_tokens
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is no installed package
 from evaluation.answers import number
@@ -81,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", type=int, default=41)
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs that support it")
+    add("--cache-thoughts", action="store_true", help="train on thoughts computed once; 1 to 3 GB in --output-dir")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
     return parser.parse_args(argv)
@@ -169,11 +171,28 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
     )
     rows, collator = training_rows(tokenizer, args), DataCollatorForSeq2Seq(tokenizer)
     trainer = Trainer(model, options, collator, train_dataset=rows, processing_class=tokenizer)
+    if args.cache_thoughts:
+        cache_thoughts(model, rows, args)
     before = training_loss(model, collator, rows[:64])
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir) if args.resume else None)
     trainer.save_model()
     after = training_loss(model, collator, rows[:64])
     trainer.accelerator.print(f"Loss on the same training rows: {before:.3f} at the start, {after:.3f} at the end")
+    use_thoughts(model, None)
+
+
+def cache_thoughts(model: PeftModel, rows: list[Example], args: Namespace) -> None:
+    """Compute the thoughts of all rows, on the model's device, unless an earlier run or process has; use them."""
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+
+    compute = compute_thoughts(model)
+    file = Path(args.output_dir, "thoughts", f"{Hasher.hash((rows, compute))}.arrow")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    options = {"batched": True, "batch_size": 16, "cache_file_name": str(file)}
+    with PartialState().local_main_process_first():
+        thoughts = Dataset.from_list(rows).map(compute, desc="thoughts", **options)
+    use_thoughts(model, thoughts)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str:

@@ -7,6 +7,7 @@ add_peft_type()  # the config's `peft_type` is this member
 from ._saving import install  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .assistant import use_assistant  # noqa: E402
+from .cached import compute_thoughts, use_thoughts  # noqa: E402
 from .chat_template import with_thought_tokens  # noqa: E402
 from .config import SoftCoTConfig  # noqa: E402
 from .model import SoftCoTModel  # noqa: E402
@@ -14,4 +15,12 @@ from .model import SoftCoTModel  # noqa: E402
 register(SoftCoTConfig, SoftCoTModel)
 install()
 
-__all__ = ["SoftCoTConfig", "SoftCoTModel", "__version__", "use_assistant", "with_thought_tokens"]
+__all__ = [
+    "SoftCoTConfig",
+    "SoftCoTModel",
+    "__version__",
+    "compute_thoughts",
+    "use_assistant",
+    "use_thoughts",
+    "with_thought_tokens",
+]

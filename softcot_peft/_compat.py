@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -201,6 +202,16 @@ def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
     For some architectures (Qwen2, GPT-2) transformers 5 makes one where the folder holds no tokenizer at all.
     """
     return len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """All that decides which ids a tokenizer makes of a text, and the other way round."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # not where a tokenizer is all Python
+    if backend is None:
+        words = [sorted(vocabulary.items()) for vocabulary in (tokenizer.get_vocab(), tokenizer.get_added_vocab())]
+        return json.dumps([type(tokenizer).__name__, *words]).encode()
+    # Truncation and padding, which are the last call's, stand before it (tokenizers 0.23); a parser takes a second.
+    return str(backend.to_str()).rpartition('"added_tokens":[')[2].encode()
 
 
 def is_whole(weight: Tensor) -> bool:

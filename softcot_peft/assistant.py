@@ -70,7 +70,7 @@ class Assistant:
         self.config = config
         self.revision = revision
         self.dtype = dtype
-        self._given = model
+        self.given = model
         self._backbone = None if model is None else backbone_of(model)
         self._tokenizer = tokenizer
         # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
@@ -83,15 +83,15 @@ class Assistant:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled base names the assistant, and finds it again: it holds no copy of the weights."""
-        if self._given is not None:
+        if self.given is not None:
             return _find_given, (self.name,)
         return find_assistant, (self.name, self.revision, self.dtype)
 
     @cached_property
     def hidden_size(self) -> int:
         """Width of the last hidden states, known before the weights are loaded."""
-        if self._given is not None:
-            return head_width(self._given)
+        if self.given is not None:
+            return head_width(self.given)
         try:
             with loaded_whole(), meta_model():
                 model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
@@ -142,9 +142,15 @@ class Assistant:
             backbone = self._backbone
             if backbone is None:
                 backbone = self._backbone = self._load()
-            if self._given is None and backbone.device != device:
+            if self.given is None and backbone.device != device:
                 nn.Module.to(backbone, device)
             return backbone.eval()
+
+    def release(self) -> None:
+        """Let go of weights that this package loaded; they are loaded again when the assistant runs again."""
+        with self.lock:
+            if self.given is None:
+                self._backbone = self._run = None
 
     def _load(self) -> PreTrainedModel:
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}

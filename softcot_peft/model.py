@@ -263,6 +263,25 @@ def _discard_injected(model: PreTrainedModel, adapter_name: str) -> None:
     model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
 
 
+def hooks_of(model: nn.Module) -> ThoughtHooks:
+    """The hooks of the base in a model, however it is wrapped.
+
+    Raises:
+        TypeError: It is no model.
+        ValueError: It has no SoftCoT adapter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a model, got {type(model).__name__}.")
+    for module in model.modules():
+        if _HOOKS in module.__dict__:
+            hooks: ThoughtHooks = module.__dict__[_HOOKS]
+            return hooks
+    raise ValueError(
+        f"`model` must have a SoftCoT adapter, got {type(model).__name__} without one. Call `get_peft_model`, "
+        "`PeftModel.from_pretrained` or `load_adapter` first."
+    )
+
+
 def _softcot_layer(model: nn.Module) -> SoftCoTLayer:
     """The wrapped embedding of a model."""
     return next(module for module in model.modules() if isinstance(module, SoftCoTLayer))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ._compat import is_empty
 from .assistant import Assistant
 from .config import SoftCoTConfig
+from .lookup import ThoughtLookup
 
 
 @dataclass
@@ -24,6 +25,7 @@ class PromptReader:
         base_tokenizer: The base's tokenizer, or `None` where the prompt's ids are fed as they are.
         thought_token_id: Id of `thought_token` in the base's vocabulary, or `None`.
         assistant_thought_token_id: What stands at the thought positions of the assistant's input.
+        lookup: Where the assistant's hidden states are looked up before it runs, or `None`.
     """
 
     config: SoftCoTConfig
@@ -31,6 +33,7 @@ class PromptReader:
     base_tokenizer: PreTrainedTokenizerBase | None
     thought_token_id: int | None
     assistant_thought_token_id: int
+    lookup: ThoughtLookup | None = None
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> tuple[Tensor, Tensor]:
         """Make the assistant's input from the prompts of a batch.

@@ -33,19 +33,20 @@ class Thinker:
         self.model = model
         self.layer = layer
 
-    def locate(self, inputs: dict[str, Any], reader: PromptReader) -> Placement:
+    def locate(self, inputs: dict[str, Any], reader: PromptReader, num_thoughts: int | None = None) -> Placement:
         """Find the thoughts' place in the rows of a batch.
 
         Args:
             inputs: The forward's arguments, unpadded or padded on either side.
             reader: The active adapter's.
+            num_thoughts: N where the prompts hold no run of thought tokens; `None`: by the model's mode.
 
         Raises:
             ValueError: The batch cannot carry thoughts, or is too long for the base with them.
         """
         config = reader.config
-        num = config.num_thought_tokens
-        if not self.model.training and config.inference_num_thought_tokens is not None:
+        num = num_thoughts or config.num_thought_tokens
+        if num_thoughts is None and not self.model.training and config.inference_num_thought_tokens is not None:
             num = config.inference_num_thought_tokens
         reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
         if labels is None and inputs.get("shift_labels") is not None:
@@ -107,7 +108,7 @@ class Thinker:
         assistant_input_ids: Tensor | None = None,
         assistant_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the assistant once: `t = Assistant([prompt; thought token x N])` (section 3).
+        """Run the assistant once: `t = Assistant([prompt; thought token x N])` (section 3), or look up what it said.
 
         Args:
             input_ids: The caller's ids `(B, L)`; not looked at with `assistant_input_ids`.
@@ -117,7 +118,8 @@ class Thinker:
             assistant_attention_mask: Its mask `(B, P)`; `None`: all attended.
 
         Returns:
-            The hidden states that the layer projects, `(B, N, H_assistant)`, in the assistant's dtype.
+            The hidden states that the layer projects, `(B, N, H_assistant)`, in the assistant's dtype; those looked up
+            are float32 for bfloat16.
 
         Raises:
             ValueError: The caller's assistant input does not fit the batch or N, or an adapter of another method that
@@ -128,10 +130,16 @@ class Thinker:
         if self.model.training:
             self.layer.check_trains()
         num, batch = placement.num_thoughts, len(placement.start)
+        # Weights that are sharded or offloaded rest elsewhere than where they are used: with the inputs.
+        device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
         if assistant_input_ids is None:
             if input_ids is None:
                 raise ValueError("`input_ids` must be given for the assistant to read, got none.")
-            ids, mask = reader.read(*prompts(input_ids, placement), num)
+            prompt = prompts(input_ids, placement)
+            known = None if reader.lookup is None else reader.lookup.find(*prompt, num)
+            if known is not None:
+                return known.to(device)
+            ids, mask = reader.read(*prompt, num)
         else:
             ids = assistant_input_ids
             mask = torch.ones_like(ids) if assistant_attention_mask is None else assistant_attention_mask
@@ -154,8 +162,6 @@ class Thinker:
                     f"{reader.assistant.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}. Tokenize with the "
                     "assistant's tokenizer."
                 )
-        # Weights that are sharded or offloaded rest elsewhere than where they are used: with the inputs.
-        device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
         token = THINKING.set(True)
         try:
             return reader.assistant.hidden_states(ids, mask, num, device)

@@ -43,8 +43,10 @@ def test_the_package_the_equations_and_the_floor_have_one_loss_and_one_gradient(
     batch = make_batch(case, SMOKE.vocabulary, pair.device)
     model = rivals.training(attach(pair, case.thoughts))
     base, projection = twin(pair.base), projection_of(model)
+    cached = rivals.cached(rivals.training(attach(pair, case.thoughts)), batch)
     ways: dict[str, tuple[torch.nn.Module, Callable[[], Tensor]]] = {
         rivals.SOFTCOT: (model, lambda: model(**batch.rows).loss),
+        rivals.CACHED: (cached, lambda: cached(**batch.rows).loss),
         rivals.PLAIN: (projection, lambda: rivals.plain_loss(pair, base, projection, batch)),
         rivals.FLOOR: (projection, lambda: rivals.floor_loss(pair, projection, batch)),
         rivals.NO_ASSISTANT: (projection, lambda: rivals.floor_loss(pair, projection, batch, states(pair, batch))),

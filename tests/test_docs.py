@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 
 from softcot_peft import assistant
 
+datasets = pytest.importorskip("datasets")
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("evaluation/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +39,7 @@ def test_the_readme_s_code_runs_from_training_to_the_pipeline(
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
         "data": labelled,
+        "dataset": datasets.Dataset.from_list(labelled),
         "collate": collate,
         "tokenizer": pair.tokenizer,
         "my_model": pair.load_base(),

@@ -217,6 +217,22 @@ def test_training_lowers_the_loss_and_the_saved_adapter_answers_the_same(
         gsm8k.check_saved(args, AutoTokenizer.from_pretrained(tmp_path), [ROW], ["something else"])
 
 
+def test_cached_thoughts_train_the_same_and_a_resumed_run_finds_them(
+    file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    losses = []
+    for name, more in (("plain", []), ("cached", ["--cache-thoughts"])):
+        more += ["--where", "user_turn", "--thought-token", "<thought>"]
+        gsm8k.main(command(file, tiny_pair, tmp_path / name, "--max-steps", "3", *more))
+        losses.append(re.search(r"rows: ([\d.]+) at the start, ([\d.]+) at the end", capsys.readouterr().out).groups())
+    assert losses[0] == losses[1]
+    (thoughts,) = (tmp_path / "cached" / "thoughts").iterdir()
+    written = thoughts.stat().st_mtime_ns
+    gsm8k.main(command(file, tiny_pair, tmp_path / "cached", "--max-steps", "4", "--resume", *more))
+    assert list(thoughts.parent.iterdir()) == [thoughts]
+    assert thoughts.stat().st_mtime_ns == written
+
+
 def test_thoughts_in_the_user_turn_with_sampling(
     file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,0 +1,139 @@
+"""What an adapter's thoughts depend on beside the prompt, in words, so that stale ones are known. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from ._compat import is_whole, tokenizer_state
+from .assistant import Assistant
+from .reader import PromptReader
+
+_FORMAT = 1  # of keys and columns
+_SAMPLES = 64  # of each tensor
+N = "num_thought_tokens"
+
+
+def fingerprint(reader: PromptReader, num_thoughts: int | None) -> dict[str, Any]:
+    """What the hidden states of an adapter's assistant depend on: the assistant, what it reads, and N.
+
+    Args:
+        reader: The adapter's.
+        num_thoughts: N; `None`: not known yet.
+
+    Returns:
+        Numbers and texts, large ones as digests; the same in every process.
+    """
+    assistant, own = reader.assistant, reader.base_tokenizer
+    weights = _weights(assistant)
+    return {
+        "format": _FORMAT,
+        "assistant": Path(assistant.name).name if _is_folder(assistant) else assistant.name,
+        **weights,
+        "assistant_prompt": reader.config.assistant_prompt,
+        "assistant_chat_template": None if reader.config.assistant_prompt is None else _template(assistant.tokenizer),
+        "assistant_tokenizer": None if own is None else _digest([tokenizer_state(assistant.tokenizer)]),
+        "base_tokenizer": None if own is None else _digest([tokenizer_state(own)]),
+        "assistant_thought_token_id": reader.assistant_thought_token_id,
+        N: num_thoughts,
+    }
+
+
+def written(found: Mapping[str, Any]) -> str:
+    """A fingerprint as text."""
+    return json.dumps(found, sort_keys=True)
+
+
+def refuse_stale(stored: Iterable[Mapping[str, Any]], reader: PromptReader) -> None:
+    """Refuse thoughts that are not those of an adapter.
+
+    Args:
+        stored: Fingerprints of the thoughts.
+        reader: The adapter's.
+
+    Raises:
+        ValueError: They differ; the message says in what.
+    """
+    config, now = reader.config, fingerprint(reader, None)
+    wanted = {config.num_thought_tokens, config.inference_num_thought_tokens}
+    for found in stored:
+        num = found.get(N)
+        fits = num in wanted or config.thought_token is not None  # a run may have any length
+        expected = now | {N: num if fits else config.num_thought_tokens}
+        if differing := [name for name in expected if found.get(name) != expected[name]]:
+            parts = "; ".join(f"`{name}` was {found.get(name)!r} and is {expected[name]!r}" for name in differing)
+            raise ValueError(
+                f"`dataset` must hold thoughts of this adapter, but what they were computed with differs: {parts}. "
+                "Compute them again with `dataset.map(compute_thoughts(model), batched=True, batch_size=16)`, or "
+                "attach the adapter that they are for."
+            )
+
+
+def _is_folder(assistant: Assistant) -> bool:
+    return assistant.given is None and Path(assistant.name).is_dir()
+
+
+def _weights(assistant: Assistant) -> dict[str, Any]:
+    """Commit, config, weights and dtype of an assistant; a commit of the Hub says what its config and weights are."""
+    found: dict[str, Any] = dict.fromkeys(("assistant_commit", "assistant_config", "assistant_weights"))
+    given = assistant.given
+    if given is not None:
+        config = given.config.to_diff_dict()
+        own = {name: config[name] for name in sorted(config) if name not in ("transformers_version", "_name_or_path")}
+        found["assistant_config"] = _digest([json.dumps(own, default=str).encode()])
+        found["assistant_weights"] = _digest(_samples_of(given))
+        dtype = str(given.dtype)
+    else:
+        if _is_folder(assistant):
+            found["assistant_config"] = _digest([Path(assistant.name, CONFIG_NAME).read_bytes()])
+            found["assistant_weights"] = _digest(_samples_in(Path(assistant.name)))
+        else:
+            found["assistant_commit"] = assistant.revision
+        dtype = assistant.dtype if assistant.dtype == "auto" else str(getattr(torch, assistant.dtype))
+    return found | {"assistant_dtype": dtype.removeprefix("torch.")}
+
+
+def _samples_of(model: PreTrainedModel) -> Iterable[bytes]:
+    """Some numbers of each tensor of a model: training moves all of them a little."""
+    for name, tensor in model.state_dict().items():
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        if is_whole(tensor):  # of sharded and offloaded ones shapes have to do
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().contiguous()
+            yield sample.view(torch.uint8).numpy().tobytes()
+
+
+def _samples_in(folder: Path) -> Iterable[bytes]:
+    """The same of the safetensors files of a folder: headers, and some bytes of the middle of each tensor."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(size, path.stat().st_size))
+            yield path.name.encode()
+            yield header
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    first, end = tensor["data_offsets"]
+                    file.seek(8 + size + (first + end) // 2)
+                    yield file.read(min(4 * _SAMPLES, end - (first + end) // 2))
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = tokenizer.chat_template
+    return None if template is None else _digest([json.dumps(template).encode()])
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """Some digits that are different for different parts."""
+    found = sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()[:16]
