@@ -6,6 +6,7 @@ needed there. Knows the base's own forward and how its arguments are laid out, a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from ._compat import CACHE_NAMES, cache_length, checkpoints, find_cache, holds_attention_alone, is_whole, rotary_switch
 from .columns import take
 from .inputs import PER_TOKEN_OUTPUTS
+from .late_logits import LateLogits
 from .placement import IGNORED, Placement, positions, prompts
 
 _LOGGER = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ class Rows:
         prompt: Arguments of the pass over the prompts `(B, P)`, which end in the last column.
         rest: Arguments of the pass over `(B, W)` thoughts and responses, the first thought in column 0.
         labels: `(B, W)`.
-        mask: What of the rest is attended, `(B, W)`.
         placement: Where the thoughts stand in the caller's columns.
         length: The caller's columns L.
     """
@@ -47,7 +47,6 @@ class Rows:
     prompt: dict[str, Tensor]
     rest: dict[str, Tensor]
     labels: Tensor
-    mask: Tensor
     placement: Placement
     length: int
 
@@ -91,7 +90,7 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
             where = positions(whole)
             width = prompt_ids.shape[1]
             prompt["position_ids"], rest["position_ids"] = where[:, :width], where[:, width:]
-    return Rows(prompt, rest, rest_labels, attended, placement, length)
+    return Rows(prompt, rest, rest_labels, placement, length)
 
 
 class TwoPasses:
@@ -251,17 +250,26 @@ class TwoPasses:
         fields = {name: value for name, value in output.items() if name not in CACHE_NAMES}
         for name, value in fields.items():
             if name == "logits":
-                fields[name] = LateLogits.of(rows, value, self._prompt_logits)
+                shape = (*rows.shape[:1], rows.length, value.shape[2])
+                fields[name] = LateLogits.of(value, shape, functools.partial(self._whole_logits, rows, value))
             elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.shape[0]:
                 missing = rows.shape[1] - value.shape[1]
                 if missing in (0, 1):  # 1: compared with shifted labels already
                     fields[name] = _in_line(value, rows, rows.length - missing)
         return type(output)(**fields)
 
-    @torch.no_grad()
-    def _prompt_logits(self, rows: Rows) -> Tensor:
-        logits: Tensor = self._run({**rows.prompt, "use_cache": False, "return_dict": True}, None).logits
-        return logits
+    def _whole_logits(self, rows: Rows, logits: Tensor) -> Tensor:
+        """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`."""
+        with torch.no_grad():
+            read = self._run({**rows.prompt, "use_cache": False, "return_dict": True}, None)
+        both = torch.cat([read.logits.to(logits), logits], 1)
+        start, width = rows.placement.start.to(both.device)[:, None], read.logits.shape[1]
+        columns = torch.arange(rows.length, device=both.device)
+        # Of inserted thoughts the last one's row is that of the last prompt token.
+        late = columns >= start - int(rows.placement.inserted)
+        left_out = rows.shape[1] - logits.shape[1]
+        index = columns - start + width + late * (rows.placement.num_inserted - left_out)
+        return take(both, index.clamp(max=both.shape[1] - 1))
 
 
 def _in_line(values: Tensor, rows: Rows, length: int) -> Tensor:
@@ -283,72 +291,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class LateLogits(Tensor):
-    """Logits `(B, L, V)` of whole rows, of which those of the prompts are made when any are read.
-
-    A loss that the base computes needs none of them; whoever reads them finds what one pass would have given.
-    """
-
-    _parts: tuple[Rows, Tensor, Callable[[Rows], Tensor]] | None
-    _whole: Tensor | None
-
-    @classmethod
-    def of(cls, rows: Rows, logits: Tensor, prompt_logits: Callable[[Rows], Tensor]) -> LateLogits:
-        """Logits to come.
-
-        Args:
-            rows: The divided rows.
-            logits: Those of the second pass, `(B, W or W - rows.skipped, V)`.
-            prompt_logits: Makes those of the prompts, `(B, P, V)`.
-        """
-        shape = (rows.shape[0], rows.length, logits.shape[2])
-        # One number that seems to fill the shape: whoever should reach past `__torch_function__` does not read zeros.
-        late = logits.new_full((), float("nan")).expand(shape).as_subclass(cls)
-        late._parts, late._whole = (rows, logits, prompt_logits), None
-        return late
-
-    def whole(self) -> Tensor:
-        """The logits as an ordinary tensor, with their gradients."""
-        if self._whole is None and self._parts is not None:
-            rows, logits, prompt_logits = self._parts
-            placement, width = rows.placement, rows.prompt["input_ids"].shape[1]
-            both = torch.cat([prompt_logits(rows).to(logits), logits], 1)
-            skipped = rows.skipped - (rows.shape[1] - logits.shape[1])  # rows to skip that are among these
-            start = placement.start.to(both.device)[:, None]
-            columns = torch.arange(rows.length, device=both.device)
-            late = columns >= start - int(
-                placement.inserted
-            )  # the last thought's row is that of the last prompt token
-            index = columns - start + width + late * (int(placement.inserted) + skipped)
-            self._whole, self._parts = take(both, index.clamp(max=both.shape[1] - 1)), None
-        if self._whole is None:
-            raise RuntimeError("Logits that were made of nothing cannot be read.")
-        return self._whole
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what shape, dtype and device tell; for all else, put the logits together first."""
-        if func in _ANSWERED:
-            return super().__torch_function__(func, types, args, kwargs or {})
-        args, kwargs = tree_map(lambda value: _late_to_whole(value), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _late_to_whole(value: Any) -> Any:
-    # Not `isinstance`: tensors of other kinds may answer for themselves.
-    return LateLogits.whole(value) if type(value) is LateLogits else value
-
-
-_ANSWERED = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.__len__,
-    Tensor.is_floating_point,
-}

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from softcot_peft._compat import rotary_switch
-from softcot_peft.two_passes import LateLogits
+from softcot_peft.late_logits import LateLogits
 
 TEXTS = [
     ("What is two plus two?", " four, it is"),

@@ -1,0 +1,66 @@
+"""A tensor that is made when it is read. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class LateLogits(Tensor):
+    """Logits `(B, L, V)` that are put together at their first use, and then kept.
+
+    A loss that the base computes needs no row of them before the thoughts; whoever reads them finds them all.
+    """
+
+    _make: Callable[[], Tensor] | None
+    _whole: Tensor | None
+
+    @classmethod
+    def of(cls, like: Tensor, shape: tuple[int, ...], make: Callable[[], Tensor]) -> LateLogits:
+        """Logits to come.
+
+        Args:
+            like: Of their dtype and on their device.
+            shape: Theirs.
+            make: Makes them.
+        """
+        # One number that seems to fill the shape: whoever should reach past `__torch_function__` does not read zeros.
+        late = like.new_full((), float("nan")).expand(shape).as_subclass(cls)
+        late._make, late._whole = make, None
+        return late
+
+    def whole(self) -> Tensor:
+        """The logits as an ordinary tensor, with their gradients."""
+        if self._whole is None and self._make is not None:
+            self._whole, self._make = self._make(), None
+        if self._whole is None:
+            raise RuntimeError("`LateLogits` must be made with `of`, got a copy of their placeholder.")
+        return self._whole
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what shape, dtype and device tell; for all else, take the logits as they are."""
+        if func in _ANSWERED:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        args, kwargs = tree_map(_as_whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _as_whole(value: Any) -> Any:
+    return LateLogits.whole(value) if isinstance(value, LateLogits) else value
+
+
+_ANSWERED = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+}
