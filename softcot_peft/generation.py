@@ -142,10 +142,9 @@ def _start(
                 inputs[name] = align_left(inputs[name], mask)
         start = placement.start + trailing(mask)
         inputs["attention_mask"] = align_left(mask, mask)
-        first, latest = (int(end) for end in start.aminmax())
-        column = latest if first == latest else None
+        earliest, latest = (int(end) for end in start.aminmax())
         mask = inputs["attention_mask"]
-        placement = replace(placement, start=start, attention_mask=mask, latest=latest, column=column)
+        placement = replace(placement, start=start, attention_mask=mask, latest=latest, earliest=earliest)
     return Generation(thinker.model, placement, hidden, mask.shape[1], distinct, source)
 
 

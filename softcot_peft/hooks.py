@@ -80,7 +80,7 @@ class ThoughtHooks:
         self.thinker = Thinker(model, layer)
         self.names = argument_names(model)
         self.takes_positions = takes_positions(model)
-        self.two_passes = TwoPasses(model, self.names, self.takes_positions, self._run_from_column_0)
+        self.two_passes = TwoPasses(model, self.names, self.takes_positions, self._run_part)
         self._handles = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True),
@@ -232,18 +232,17 @@ class ThoughtHooks:
 
         filler, trained = self.thinker.filler(reader), self.layer.softcot_projection
         rows = self.two_passes.begin(inputs, placement, hidden, filler, trained, in_one_pass)
-        return None if rows is None else self._from_column_0(inputs, hidden, rows)
+        return None if rows is None else self._part_of(rows, hidden)
 
-    def _from_column_0(self, inputs: dict[str, Any], hidden: Tensor | None, rows: Rows | None = None) -> Pass:
-        """A pass over columns of its own, which begin with the thoughts, if there are any."""
-        writing = None
-        if hidden is not None:
-            start = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-            writing = Writing(self.layer, hidden, start, inputs["input_ids"].shape)
-        return Pass(self.model, 0, None if rows is None else rows.placement, writing, divided=rows)
+    def _part_of(self, rows: Rows, hidden: Tensor | None) -> Pass:
+        """The first or, with the assistant's hidden states, the second pass of a training step."""
+        if hidden is None:
+            return Pass(self.model, 0)
+        writing = Writing(self.layer, hidden, rows.placement.start - rows.cut, rows.shape)
+        return Pass(self.model, 0, rows.placement, writing, divided=rows)
 
-    def _run_from_column_0(self, inputs: dict[str, Any], hidden: Tensor | None) -> Any:
-        return self._run(inputs, self._from_column_0(inputs, hidden))
+    def _run_part(self, inputs: dict[str, Any], rows: Rows, hidden: Tensor | None) -> Any:
+        return self._run(inputs, self._part_of(rows, hidden))
 
     def _run(self, inputs: dict[str, Any], running: Pass) -> Any:
         """Run the base's forward past the hooks: arguments and outputs are the base's own."""

@@ -24,7 +24,7 @@ class Placement:
         attention_mask: The caller's mask `(B, L)`, or `None` where every token is attended.
         padded: Whether any token is not attended.
         latest: The largest `start`, on the host.
-        column: `start` as a number, where it is the same in every row; slices do there what takes an index else.
+        earliest: The smallest, on the host.
         reach: The most columns from a row's `start` to behind its last attended or labelled token, on the host.
     """
 
@@ -34,8 +34,13 @@ class Placement:
     attention_mask: Tensor | None
     padded: bool
     latest: int
-    column: int | None = None
+    earliest: int
     reach: int = 0
+
+    @property
+    def column(self) -> int | None:
+        """`start` as a number, where it is the same in every row; slices do there what takes an index else."""
+        return self.latest if self.latest == self.earliest else None
 
     @property
     def num_inserted(self) -> int:
@@ -46,8 +51,8 @@ class Placement:
         """The same place, counted from column `seen` on."""
         if seen == 0:
             return self
-        column = None if self.column is None else self.column - seen
-        return replace(self, start=self.start - seen, latest=self.latest - seen, column=column)
+        earliest, latest = self.earliest - seen, self.latest - seen
+        return replace(self, start=self.start - seen, earliest=earliest, latest=latest)
 
     def expand(self, rows: int) -> Placement:
         """Repeat every row for its beams or returned sequences.
@@ -164,9 +169,8 @@ def locate(
             "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
             "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
         )
-    column = latest if latest == earliest else None
     num = num_run or num_thoughts
-    return Placement(start, num, not num_run, attention_mask, bool(padded), latest, column, reach)
+    return Placement(start, num, not num_run, attention_mask, bool(padded), latest, earliest, reach)
 
 
 def _explain(

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat import CACHE_NAMES, cache_length, checkpoints, find_cache, holds_attention_alone, is_whole, rotary_switch
-from .columns import take
+from .columns import insert, take
 from .inputs import PER_TOKEN_OUTPUTS
 from .late_logits import LateLogits
 from .placement import IGNORED, Placement, positions, prompts
@@ -28,18 +28,20 @@ _LOGGER = logging.getLogger(__name__)
 _DIVIDED = ("input_ids", "attention_mask", "labels")
 _ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 0.1  # relative; TF32 rounds as coarsely as float16
 
-Run = Callable[[dict[str, Any], Tensor | None], Any]
+Run = Callable[[dict[str, Any], "Rows", Tensor | None], Any]
 InOnePass = Callable[[dict[str, Any], Placement, Tensor], Any]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch's rows in two parts.
+    """A batch's rows, each cut in two.
 
     Args:
-        prompt: Arguments of the pass over the prompts `(B, P)`, which end in the last column.
-        rest: Arguments of the pass over `(B, W)` thoughts and responses, the first thought in column 0.
+        prompt: Arguments of the first pass, over `(B, P)` tokens of prompts.
+        rest: Arguments of the second pass, over `(B, W)` placed columns: all thoughts, and what stands behind them.
         labels: `(B, W)`.
+        whole_prompts: Arguments of a pass over all of the prompts in the caller's columns.
+        cut: The placed column in which each row's rest begins, `(B,)`; at its thoughts or before.
         placement: Where the thoughts stand in the caller's columns.
         length: The caller's columns L.
     """
@@ -47,6 +49,8 @@ class Rows:
     prompt: dict[str, Tensor]
     rest: dict[str, Tensor]
     labels: Tensor
+    whole_prompts: dict[str, Tensor]
+    cut: Tensor
     placement: Placement
     length: int
 
@@ -57,12 +61,34 @@ class Rows:
 
     @property
     def skipped(self) -> int:
-        """Rows of the rest that no caller sees: of inserted thoughts, the last alone stands for a token."""
+        """Columns from the rest's beginning that predict no label: those before the last of inserted thoughts."""
         return self.placement.num_thoughts - 1 if self.placement.inserted else 0
+
+    def in_rest(self, length: int) -> tuple[Tensor, Tensor]:
+        """Where the rest has the row of each of the caller's first columns, and which have none for being earlier.
+
+        Args:
+            length: How many columns.
+
+        Returns:
+            Indices `(B, length)`, meaningless where there is none, and whether there is one, `(B, length)`.
+        """
+        start, num = self.placement.start[:, None], self.placement.num_inserted
+        columns = torch.arange(length, device=start.device)
+        late = columns >= start - int(num > 0)  # of inserted thoughts, the last one's row is the last prompt token's
+        return columns + num * late - self.cut[:, None], late
+
+
+def moves(placement: Placement, length: int) -> bool:
+    """Whether rows of L columns are cut at their own thoughts: the fewer columns, one with gradient counting twice."""
+    return placement.latest + 2 * placement.reach <= placement.earliest + 2 * (length - placement.earliest)
 
 
 def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_positions: bool) -> Rows:
-    """Divide a batch where its thoughts begin.
+    """Divide a batch where its thoughts begin: each row at its own, or all at the earliest, whichever is less work.
+
+    Rows that are cut at their own thoughts are moved, so that the cuts stand under each other: the prompts are padded
+    on the left, the rest on the right.
 
     Args:
         inputs: The caller's `input_ids`, `labels` and, if any, `attention_mask`, each `(B, L)`, padded on either side.
@@ -71,26 +97,35 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
         takes_positions: Whether the base wants to be told the positions of padded rows.
     """
     ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
-    batch, length = ids.shape
-    prompt_ids, prompt_mask = prompts(ids, placement)
-    columns = torch.arange(placement.reach, device=ids.device) + placement.start[:, None]  # (B, R)
-    inside, columns = columns < length, columns.clamp(max=length - 1)
-    rest_ids, rest_labels = take(ids, columns), take(labels, columns).masked_fill(~inside, IGNORED)
-    attended = inside if mask is None else inside & (take(mask, columns) != 0)
-    if placement.inserted:
-        size = (batch, placement.num_thoughts)
-        rest_ids = torch.cat([rest_ids.new_full(size, filler), rest_ids], 1)
-        rest_labels = torch.cat([rest_labels.new_full(size, IGNORED), rest_labels], 1)
-        attended = torch.cat([attended.new_ones(size), attended], 1)
-    prompt, rest = {"input_ids": prompt_ids}, {"input_ids": rest_ids}
+    start, earliest, latest, num = placement.start, placement.earliest, placement.latest, placement.num_inserted
+    length = ids.shape[1]
+    if moves(placement, length):
+        here, width = placement, placement.reach + num
+    else:
+        here, width = (
+            replace(placement, start=torch.full_like(start, earliest), latest=earliest),
+            length - earliest + num,
+        )
+    prompt_ids, prompt_mask = prompts(ids, here)
+    attended = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    placed = [
+        insert(values, start, num, fill, placement.column) if num else values
+        for values, fill in ((ids, filler), (labels, IGNORED), (attended, 1))
+    ]
+    columns = torch.arange(width, device=ids.device) + here.start[:, None]  # (B, W)
+    beyond = columns >= length + num
+    rest_ids, rest_labels, rest_mask = (take(values, columns.clamp(max=length + num - 1)) for values in placed)
+    prompt, rest, whole = {"input_ids": prompt_ids}, {"input_ids": rest_ids}, {"input_ids": ids[:, :latest]}
     if placement.padded or placement.column is None:
-        whole = torch.cat([prompt_mask, attended.to(prompt_mask)], 1)
-        prompt["attention_mask"], rest["attention_mask"] = prompt_mask, whole
+        seen = torch.cat([prompt_mask, rest_mask.masked_fill(beyond, 0).to(prompt_mask)], 1)
+        prompt["attention_mask"], rest["attention_mask"] = prompt_mask, seen
+        whole["attention_mask"] = attended[:, :latest]
         if takes_positions:
-            where = positions(whole)
-            width = prompt_ids.shape[1]
-            prompt["position_ids"], rest["position_ids"] = where[:, :width], where[:, width:]
-    return Rows(prompt, rest, rest_labels, placement, length)
+            where = positions(seen)
+            prompt["position_ids"], rest["position_ids"] = where.tensor_split([prompt_ids.shape[1]], 1)
+            whole["position_ids"] = positions(attended)[:, :latest]
+    rest_labels = rest_labels.masked_fill(beyond, IGNORED)
+    return Rows(prompt, rest, rest_labels, whole, here.start, placement, length)
 
 
 class TwoPasses:
@@ -100,8 +135,8 @@ class TwoPasses:
         model: The base.
         names: Names of its forward's arguments.
         takes_positions: Whether it wants to be told the positions of padded rows.
-        run: Calls the base's forward past the hooks: its arguments, and the assistant's hidden states, if the pass
-            begins with thoughts, to its outputs.
+        run: Calls the base's forward past the hooks: its arguments, the rows that they are of, and the assistant's
+            hidden states where it is the second pass, to its outputs.
     """
 
     def __init__(self, model: PreTrainedModel, names: tuple[str, ...], takes_positions: bool, run: Run) -> None:
@@ -109,7 +144,7 @@ class TwoPasses:
         self._names = names
         self._takes_positions = takes_positions
         self._run = run
-        self._agrees: dict[bool, bool] = {}  # by whether prompts were padded
+        self._agrees: dict[bool | None, bool] = {}  # by whether rows of unequal prompts were moved; None: equal ones
         self._said: set[str] = set()
 
     def begin(
@@ -171,7 +206,7 @@ class TwoPasses:
             if bool(getattr(config, name, wanted) if given is None else given) is not wanted:
                 return f"`{name}` is {not wanted}"
         switch = rotary_switch(config)
-        if switch is not None and placement.latest + placement.reach + placement.num_inserted > switch:
+        if switch is not None and inputs["input_ids"].shape[1] + placement.num_inserted > switch:
             return f"its rotary frequencies change with rows longer than {switch}"
         return None
 
@@ -182,16 +217,18 @@ class TwoPasses:
 
         Attention with a cache reads a row in pieces as it reads it whole. A model that goes on from a recurrent state
         with one token at a time, or counts positions by column, does not, and nothing in a config tells. So it is
-        tried once, on the rows with the shortest and the longest prompt, and once more where prompts differ in length
-        for the first time. Rounding is allowed for; a difference of another kind is as large as the logits are.
+        tried once, on the rows with the shortest and the longest prompt, and once more for each way of dividing
+        prompts that differ in length. Rounding is allowed for; a difference of another kind is as large as the logits are.
         """
-        ragged = placement.padded or placement.column is None
-        if ragged not in self._agrees:
+        way = None
+        if placement.padded or placement.column is None:
+            way = moves(placement, inputs["input_ids"].shape[1])
+        if way not in self._agrees:
             pick = torch.stack([placement.start.argmin(), placement.start.argmax()])
             few = {name: inputs[name][pick] for name in _DIVIDED if inputs.get(name) is not None}
             with torch.no_grad(), _evaluating(self.model):
-                self._agrees[ragged] = self._agree(few, placement.select(pick), hidden[pick], filler, in_one_pass)
-        return self._agrees[ragged]
+                self._agrees[way] = self._agree(few, placement.select(pick), hidden[pick], filler, in_one_pass)
+        return self._agrees[way]
 
     def _agree(
         self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, in_one_pass: InOnePass
@@ -202,7 +239,7 @@ class TwoPasses:
             if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
                 return False
             self._second(two, rows, cache)
-            found = self.end(self._run(two, hidden), rows)
+            found = self.end(self._run(two, rows, hidden), rows)
         except Exception as error:  # models fail in their own ways where they were never run so
             _LOGGER.info("%s cannot go on from a cached prompt: %s", type(self.model).__name__, error)
             return False
@@ -223,7 +260,7 @@ class TwoPasses:
 
     @torch.no_grad()
     def _read_prompts(self, rows: Rows) -> Any:
-        return find_cache(self._run({**rows.prompt, **self._caching(), "return_dict": True}, None))
+        return find_cache(self._run({**rows.prompt, **self._caching(), "return_dict": True}, rows, None))
 
     def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any) -> None:
         """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees."""
@@ -261,24 +298,19 @@ class TwoPasses:
     def _whole_logits(self, rows: Rows, logits: Tensor) -> Tensor:
         """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`."""
         with torch.no_grad():
-            read = self._run({**rows.prompt, "use_cache": False, "return_dict": True}, None)
-        both = torch.cat([read.logits.to(logits), logits], 1)
-        start, width = rows.placement.start.to(both.device)[:, None], read.logits.shape[1]
-        columns = torch.arange(rows.length, device=both.device)
-        # Of inserted thoughts the last one's row is that of the last prompt token.
-        late = columns >= start - int(rows.placement.inserted)
-        left_out = rows.shape[1] - logits.shape[1]
-        index = columns - start + width + late * (rows.placement.num_inserted - left_out)
-        return take(both, index.clamp(max=both.shape[1] - 1))
+            read = self._run({**rows.whole_prompts, "use_cache": False, "return_dict": True}, rows, None).logits
+        index, late = rows.in_rest(rows.length)
+        index = (index - (rows.shape[1] - logits.shape[1])).clamp(max=logits.shape[1] - 1) + read.shape[1]
+        columns = torch.arange(rows.length, device=index.device)
+        return take(torch.cat([read.to(logits), logits], 1), index.where(late, columns))
 
 
 def _in_line(values: Tensor, rows: Rows, length: int) -> Tensor:
-    """Values of the rest `(B, W, ...)` in the caller's columns `(B, length, ...)`, with 0 before them."""
-    start = rows.placement.start.to(values.device)
-    index = torch.arange(length, device=values.device) - start[:, None] + rows.placement.num_inserted
-    outside = (index < rows.skipped) | (index >= values.shape[1])
+    """Values of the rest `(B, W, ...)` in the caller's columns `(B, length, ...)`, with 0 before the thoughts."""
+    index, late = rows.in_rest(length)
     found = take(values, index.clamp(0, values.shape[1] - 1))
-    return found.masked_fill(outside.view(*outside.shape, *[1] * (values.dim() - 2)), 0)
+    none = ~late | (index >= values.shape[1])
+    return found.masked_fill(none.to(found.device).view(*none.shape, *[1] * (values.dim() - 2)), 0)
 
 
 @contextmanager

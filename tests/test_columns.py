@@ -116,7 +116,7 @@ def test_prompts_are_what_is_attended_before_the_thoughts(
     length = ids.shape[1]
     left = [data.draw(st.integers(0, at - 1)) for at in start.tolist()]
     mask = (torch.arange(length) >= torch.tensor(left)[:, None]).long()
-    placement = Placement(start, num, True, mask, True, int(start.max()))
+    placement = Placement(start, num, True, mask, True, int(start.max()), int(start.min()))
     prompt, prompt_mask = prompts(ids, placement)
     assert prompt.shape == prompt_mask.shape == (len(ids), int(start.max()))
     for row, (first, at) in enumerate(zip(left, start.tolist(), strict=True)):

@@ -107,6 +107,40 @@ def test_prompts_have_no_gradient_and_are_run_once(pair: Pair) -> None:
     assert seen == [(False, int(starts.max())), (True, N + int((lengths - starts).max()))]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("run", [False, True], ids=["prompt's end", "run"])
+@pytest.mark.parametrize(
+    ("prompts", "responses", "moved"),
+    [((9, 40, 20), (30, 5, 12), False), ((9, 40, 20), (12, 11, 6), True), ((20, 20, 20), (30, 5, 12), True)],
+)
+def test_rows_are_cut_where_it_is_less_work(
+    pair: Pair, prompts: tuple[int, ...], responses: tuple[int, ...], moved: bool, run: bool, side: str
+) -> None:
+    rows, model = [], pair.model(thought_token=THOUGHT)
+    length = max(map(sum, zip(prompts, responses, strict=True))) + N * run
+    thought = pair.tokenizer.convert_tokens_to_ids(THOUGHT)
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = [*torch.randint(10, 200, (prompt,)), *[thought] * (N * run), *torch.randint(10, 200, (response,))]
+        padding = length - len(ids)
+        columns = [[0] * padding, ids] if side == "left" else [ids, [0] * padding]
+        labels = [-100] * (len(ids) - response) + ids[-response:]
+        marked = [[-100] * padding, labels] if side == "left" else [labels, [-100] * padding]
+        rows.append((sum(columns, []), sum(marked, [])))
+    ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+    check_same(model, batch)
+    with passes(model) as seen:
+        gradients(model, batch)
+    own = (labels != -100).int().argmax(1) - N * run  # where thoughts begin
+    last = (length - (batch["attention_mask"].flip(1).argmax(1))) - own
+    cut = (int(own.max()), N * (not run) + int(last.max()))
+    together = (int(own.min()), N * (not run) + length - int(own.min()))
+    columns_run = [width for _, width in seen]
+    assert columns_run == list(min(cut, together, key=lambda widths: widths[0] + 2 * widths[1]))
+    if side == "right":
+        assert columns_run == list(cut if moved else together)
+
+
 def test_logits_are_made_only_where_they_are_read(pair: Pair) -> None:
     model, batch = pair.model().train(), make_batch(pair)
     output, _ = gradients(model, batch)
