@@ -99,13 +99,10 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
     ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
     start, earliest, latest, num = placement.start, placement.earliest, placement.latest, placement.num_inserted
     length = ids.shape[1]
-    if moves(placement, length):
-        here, width = placement, placement.reach + num
-    else:
-        here, width = (
-            replace(placement, start=torch.full_like(start, earliest), latest=earliest),
-            length - earliest + num,
-        )
+    here, width = placement, placement.reach + num
+    if not moves(placement, length):
+        here = replace(placement, start=torch.full_like(start, earliest), latest=earliest)
+        width = length - earliest + num
     prompt_ids, prompt_mask = prompts(ids, here)
     attended = torch.ones_like(ids) if mask is None else mask.to(ids.device)
     placed = [
@@ -218,7 +215,7 @@ class TwoPasses:
         Attention with a cache reads a row in pieces as it reads it whole. A model that goes on from a recurrent state
         with one token at a time, or counts positions by column, does not, and nothing in a config tells. So it is
         tried once, on the rows with the shortest and the longest prompt, and once more for each way of dividing
-        prompts that differ in length. Rounding is allowed for; a difference of another kind is as large as the logits are.
+        prompts that differ in length. Rounding is allowed for; other differences are as large as the logits are.
         """
         way = None
         if placement.padded or placement.column is None:

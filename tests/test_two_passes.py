@@ -121,11 +121,9 @@ def test_rows_are_cut_where_it_is_less_work(
     thought = pair.tokenizer.convert_tokens_to_ids(THOUGHT)
     for prompt, response in zip(prompts, responses, strict=True):
         ids = [*torch.randint(10, 200, (prompt,)), *[thought] * (N * run), *torch.randint(10, 200, (response,))]
-        padding = length - len(ids)
-        columns = [[0] * padding, ids] if side == "left" else [ids, [0] * padding]
-        labels = [-100] * (len(ids) - response) + ids[-response:]
-        marked = [[-100] * padding, labels] if side == "left" else [labels, [-100] * padding]
-        rows.append((sum(columns, []), sum(marked, [])))
+        labels, padding = [-100] * (len(ids) - response) + ids[-response:], length - len(ids)
+        before, after = (padding, 0) if side == "left" else (0, padding)
+        rows.append(([0] * before + ids + [0] * after, [-100] * before + labels + [-100] * after))
     ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
     check_same(model, batch)
