@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -83,13 +84,17 @@ def make_base_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_assistant_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     """Lower-casing WordPiece that puts [BOS] first: as unlike the base's as tokenizers get."""
-    special = ["[UNK]", "[PAD]", "[BOS]", "[EOS]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # Written down, since the library's trainer breaks ties between pieces by chance.
+    words = sorted(set(re.findall(r"[a-z]+", " ".join(QUESTIONS).lower())))
+    letters = sorted({letter for word in words for letter in word})
+    marks = ["[UNK]", "[PAD]", "[BOS]", "[EOS]", *"?,."]
+    ends = sorted({part for word in words for part in (word[:2], f"##{word[-2:]}")})
+    parts = [*letters, *(f"##{letter}" for letter in letters), *words, *ends]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*marks, *parts]))}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(QUESTIONS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
