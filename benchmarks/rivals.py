@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 import softcot_peft
 from softcot_peft import compute_thoughts, use_thoughts
+from softcot_peft._compat import CACHE_NAME
 
 from .models import IGNORED, Batch, M, Pair, attach, projection_of, twin
 
@@ -97,7 +98,7 @@ def floor_loss(
             input_ids=batch.prompt,
             attention_mask=batch.prompt_mask,
             position_ids=positions(batch.prompt_mask),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )
     mark("prompt")
     embedded = base.get_input_embeddings()(batch.response[:, :-1])  # nothing is predicted from the last token
@@ -107,7 +108,7 @@ def floor_loss(
         inputs_embeds=embeddings,
         attention_mask=mask,
         position_ids=positions(mask)[:, -embeddings.shape[1] :],
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
     ).last_hidden_state[:, num - 1 :]  # (B, R, H_base)
     wanted = batch.response_labels != IGNORED
     loss = cross_entropy(base.lm_head(states[wanted]).float(), batch.response_labels[wanted])

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,14 +25,17 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import deepspeed
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Names under which models take their cache: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23).
-CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# The name of a cache among arguments and outputs: "past_key_values" until transformers 5.23, "cache" since.
+CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
+# All names under which models take theirs: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23, 5.24).
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 # Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
 PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
@@ -318,7 +322,8 @@ def find_cache(arguments: Mapping[str, Any] | tuple[Any, ...]) -> Any:
     """The cache among a forward's arguments or outputs; `None` where there is none."""
     if isinstance(arguments, tuple):
         return next((value for value in arguments if isinstance(value, Cache)), None)
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    # Outputs are asked for no other names than they have: for old ones they log a warning (transformers 5.24).
+    return next((value for name, value in arguments.items() if name in CACHE_NAMES and value is not None), None)
 
 
 def cache_length(cache: Any) -> int:

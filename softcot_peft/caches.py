@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._compat import cache_length
+from ._compat import CACHE_NAME, cache_length
 from .placement import Placement
 
 _RECORD = "softcot_record"  # attribute of a cache
@@ -75,18 +75,18 @@ def recall(cache: Any, adapter: str | None) -> Placement | None:
         if adapter is None:
             return None
         raise ValueError(
-            "`past_key_values` must come from a pass with thoughts, but holds tokens that were read without. "
+            f"`{CACHE_NAME}` must come from a pass with thoughts, but holds tokens that were read without. "
             "Start from an empty cache, with the whole prompt in `input_ids`, or disable the adapter."
         )
     if record.adapter != adapter:
         now = "adapters are disabled now" if adapter is None else f"{adapter!r} is active now"
         raise ValueError(
-            f"`past_key_values` must come from a pass with the same adapter, but holds the thoughts of "
+            f"`{CACHE_NAME}` must come from a pass with the same adapter, but holds the thoughts of "
             f"{record.adapter!r}, and {now}. Start from an empty cache, with the whole prompt in `input_ids`."
         )
     if cache_length(cache) < record.end:
         raise ValueError(
-            f"`past_key_values` must hold all thoughts, but was cropped to {cache_length(cache)} positions, and the "
+            f"`{CACHE_NAME}` must hold all thoughts, but was cropped to {cache_length(cache)} positions, and the "
             f"thoughts end at {record.end}. A cache counts thoughts too; crop less, or start from an empty cache."
         )
     return record.placement

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
-from ._compat import cache_length, find_cache, is_dynamic
+from ._compat import CACHE_NAME, cache_length, find_cache, is_dynamic
 from .caches import crop_in_callers_columns
 from .placement import Placement, align_left, trailing
 from .reader import PromptReader
@@ -177,7 +177,7 @@ def _check_options(inputs: dict[str, Any], model: PreTrainedModel) -> None:
     """Refuse options of `generate` under which the base would run without its thoughts."""
     if cache_length(find_cache(inputs)) > 0:
         raise ValueError(
-            "`past_key_values` must be empty: thoughts belong to the end of the whole prompt, so a second turn "
+            f"`{CACHE_NAME}` must be empty: thoughts belong to the end of the whole prompt, so a second turn "
             "cannot continue an old cache. Pass the whole conversation in `input_ids`."
         )
     refused = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
-from ._compat import argument_names, cache_length, find_cache, takes_positions, uncompiled
+from ._compat import CACHE_NAME, argument_names, cache_length, find_cache, takes_positions, uncompiled
 from ._saving import save_base
 from .caches import recall, remember
 from .columns import repeat_rows, restore, restore_keys
@@ -312,7 +312,7 @@ class ThoughtHooks:
             found = found & (mask[:, -ids.shape[1] :] != 0)
         if found.any():
             raise ValueError(
-                "`past_key_values` must not stand before a run of `thought_token`: the assistant reads the whole "
+                f"`{CACHE_NAME}` must not stand before a run of `thought_token`: the assistant reads the whole "
                 "prompt, which is not known any more. Pass the whole conversation in `input_ids`, without a cache."
             )
 

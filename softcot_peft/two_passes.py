@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import CACHE_NAMES, cache_length, checkpoints, find_cache, holds_attention_alone, is_whole, rotary_switch
+from ._compat import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    cache_length,
+    checkpoints,
+    find_cache,
+    holds_attention_alone,
+    is_whole,
+    rotary_switch,
+)
 from .columns import insert, take
 from .inputs import PER_TOKEN_OUTPUTS
 from .late_logits import LateLogits
@@ -181,7 +190,7 @@ class TwoPasses:
 
     def _obstacle(self, inputs: dict[str, Any], placement: Placement, trained: nn.Module) -> str | None:
         """Why a step cannot be made in two passes, as far as that can be told beforehand."""
-        if "past_key_values" not in self._names:
+        if CACHE_NAME not in self._names:
             return "its forward takes no cache"
         if checkpoints(self.model):
             return "gradient checkpointing makes no cache"
@@ -269,7 +278,7 @@ class TwoPasses:
             inputs["logits_to_keep"] = labels.shape[1] - rows.skipped
             labels = labels[:, rows.skipped :].contiguous()
         inputs.pop("attention_mask", None)
-        inputs.update(rows.rest, labels=labels, past_key_values=cache, use_cache=True)
+        inputs.update(rows.rest, labels=labels, use_cache=True, **{CACHE_NAME: cache})
 
     def end(self, output: Any, rows: Rows) -> Any:
         """Put the outputs of the second pass in line with the caller's tokens.

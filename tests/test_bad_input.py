@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 from transformers.generation.streamers import BaseStreamer
 
 from softcot_peft import SoftCoTConfig, use_assistant, with_thought_tokens
+from softcot_peft._compat import CACHE_NAME
 
 N, NEW = 4, 3
 
@@ -134,9 +135,9 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
         lambda i, m: {**OWN, "assistant_attention_mask": torch.full((4, 9), 2)}, ValueError, "0 and 1 only",
     ),
     "text as own mask": (lambda i, m: {**OWN, "assistant_attention_mask": "x"}, TypeError, "assistant_attention_mask"),
-    "text as cache": (lambda i, m: {"past_key_values": "x"}, ValueError, "`past_key_values` must"),
-    "number as cache": (lambda i, m: {"past_key_values": 5}, ValueError, "`past_key_values` must"),
-    "old kind of cache": (lambda i, m: {"past_key_values": ((torch.zeros(1),),)}, ValueError, "past_key_values"),
+    "text as cache": (lambda i, m: {CACHE_NAME: "x"}, ValueError, f"`{CACHE_NAME}` must"),
+    "number as cache": (lambda i, m: {CACHE_NAME: 5}, ValueError, f"`{CACHE_NAME}` must"),
+    "old kind of cache": (lambda i, m: {CACHE_NAME: ((torch.zeros(1),),)}, ValueError, CACHE_NAME),
 }  # fmt: skip
 
 FORWARD_ONLY: dict[str, tuple[Change, type[Exception], str]] = {
@@ -223,10 +224,10 @@ def test_not_a_number_in_the_weights_is_never_hidden(pair: Pair, where: str, mon
 
 
 def test_shared_ids_that_the_assistant_does_not_have_are_refused(pair: Pair) -> None:
-    model = pair.model(assistant_shares_tokenizer=True)  # the assistant has 127 ids, the base 330
+    model = pair.model(assistant_shares_tokenizer=True)  # the assistant has 138 ids, the base 330
     batch = pair.batch(QUESTIONS)
     for way in ("forward", "generate"):
-        with pytest.raises(ValueError, match=r"`assistant_shares_tokenizer` feeds .* assistant, which has 127"):
+        with pytest.raises(ValueError, match=r"`assistant_shares_tokenizer` feeds .* assistant, which has 138"):
             call(model, way, batch)
     ids = torch.randint(3, 100, (2, 9))
     expected = Oracle.of(model, pair.base, pair.assistant, N, same_ids=True)
@@ -236,7 +237,7 @@ def test_shared_ids_that_the_assistant_does_not_have_are_refused(pair: Pair) -> 
 
 def test_a_shared_vocabulary_that_is_too_small_is_refused_at_once_where_it_is_known(pair: Pair) -> None:
     with pytest.raises(
-        ValueError, match=r"`assistant_shares_tokenizer` must not be True: .* 330 ids .* assistant 127"
+        ValueError, match=r"`assistant_shares_tokenizer` must not be True: .* 330 ids .* assistant 138"
     ):
         pair.model(assistant_shares_tokenizer=True, thought_token="<thought>")
 

@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from softcot_peft._compat import CACHE_NAME
+
 N = 4
 NEW = 10
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
@@ -507,7 +509,7 @@ class TestLine5Invariance:
             tokens = [token]
             for _ in range(NEW - 1):
                 mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1)
-                output = model(token[:, None], attention_mask=mask, past_key_values=output.past_key_values)
+                output = model(token[:, None], attention_mask=mask, **{CACHE_NAME: output[CACHE_NAME]})
                 token = output.logits[:, -1].argmax(-1)
                 tokens.append(token)
         rows = torch.stack(tokens, 1).tolist()

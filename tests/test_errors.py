@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from softcot_peft import SoftCoTConfig
+from softcot_peft._compat import CACHE_NAME
 
 N = 4
 NEW = 5
@@ -433,7 +434,7 @@ def own_input(*shape: int, mask: Tensor | None = None) -> dict[str, Tensor]:
 
 def without_thoughts(pair: Pair) -> dict[str, Any]:
     batch = pair.batch(QUESTIONS)
-    return batch | {"past_key_values": pair.load_base()(**pair.batch(QUESTIONS), use_cache=True).past_key_values}
+    return batch | {CACHE_NAME: pair.load_base()(**pair.batch(QUESTIONS), use_cache=True)[CACHE_NAME]}
 
 
 CUMULATED = torch.tensor([0, 3, 7], dtype=torch.int32)
@@ -511,7 +512,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Pair], dict[str, Any]], list[str]]] = {
         with_ids(assistant_attention_mask=torch.ones(2, 9, dtype=torch.long)),
         ["`assistant_attention_mask`", "`assistant_input_ids`"],
     ),
-    "a cache that was read without thoughts": (without_thoughts, ["`past_key_values`", "empty", "`input_ids`"]),
+    "a cache that was read without thoughts": (without_thoughts, [f"`{CACHE_NAME}`", "empty", "`input_ids`"]),
     "adapters by row": (
         with_ids(adapter_names=["default"] * 2),
         ["`adapter_names` is not supported", "`set_adapter`"],

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 
 from softcot_peft import assistant as assistants
 from softcot_peft import use_assistant
+from softcot_peft._compat import CACHE_NAME
 from softcot_peft.reader import PromptReader
 
 N, NEW = 4, 5
@@ -151,14 +152,14 @@ def test_decoding_by_hand_goes_on_after_the_thoughts(
 ) -> None:
     batch = pair.batch(QUESTIONS, side)
     cache = DynamicCache() if form == "own cache" else None
-    output = prefilled(model, batch, return_dict=form != "tuple", past_key_values=cache)
+    output = prefilled(model, batch, return_dict=form != "tuple", **{CACHE_NAME: cache})
     if form == "tuple":
         cache = next(value for value in output if isinstance(value, DynamicCache))
     elif form == "dict":
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
     token = torch.tensor([[7], [8], [9], [10]])
     with torch.no_grad():
-        logits = model(**one_more(batch, token), past_key_values=cache).logits[:, -1]
+        logits = model(**one_more(batch, token), **{CACHE_NAME: cache}).logits[:, -1]
     for row, last, found in zip(pair.rows(QUESTIONS), token.tolist(), logits, strict=True):
         torch.testing.assert_close(found, oracle.logits(row, last, prompt=row)[-1], **CLOSE)
 
@@ -168,12 +169,12 @@ def test_rows_picked_from_a_cache_keep_their_own_thoughts(
     pair: Pair, model: PeftModel, oracle: Oracle, method: str
 ) -> None:
     batch, rows = pair.batch(QUESTIONS, "right"), torch.tensor([2, 0, 0, 3])
-    cache = copy.deepcopy(prefilled(model, batch).past_key_values)
+    cache = copy.deepcopy(prefilled(model, batch)[CACHE_NAME])
     getattr(cache, method)(rows)
     picked = {name: value[rows] for name, value in batch.items()}
     token = torch.tensor([[7], [8], [9], [10]])
     with torch.no_grad():
-        logits = model(**one_more(picked, token), past_key_values=cache).logits[:, -1]
+        logits = model(**one_more(picked, token), **{CACHE_NAME: cache}).logits[:, -1]
     prompts = pair.rows(QUESTIONS)
     for index, last, found in zip(rows.tolist(), token.tolist(), logits, strict=True):
         expected = oracle.logits(prompts[index], last, prompt=prompts[index])[-1]
@@ -185,55 +186,55 @@ def test_a_cache_can_be_cropped_back_to_the_thoughts_and_no_further(
 ) -> None:
     (prompt,) = pair.rows(QUESTIONS[:1])
     batch = pair.batch(QUESTIONS[:1])
-    cache = prefilled(model, batch).past_key_values
+    cache = prefilled(model, batch)[CACHE_NAME]
     with torch.no_grad():
-        model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7, 8]]), **{CACHE_NAME: cache})
         cache.crop(-2)
-        logits = model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits[0, -1]
+        logits = model(input_ids=torch.tensor([[9]]), **{CACHE_NAME: cache}).logits[0, -1]
     torch.testing.assert_close(logits, oracle.logits(prompt, [9], prompt=prompt)[-1], **CLOSE)
     cache.crop(-2)
-    with pytest.raises(ValueError, match=r"`past_key_values` must hold all thoughts, but was cropped to \d+"):
-        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"`{CACHE_NAME}` must hold all thoughts, but was cropped to \d+"):
+        model(input_ids=torch.tensor([[9]]), **{CACHE_NAME: cache})
 
 
 def test_a_cache_that_was_reset_starts_anew(pair: Pair, model: PeftModel, oracle: Oracle) -> None:
-    cache = prefilled(model, pair.batch(QUESTIONS[:1])).past_key_values
+    cache = prefilled(model, pair.batch(QUESTIONS[:1]))[CACHE_NAME]
     cache.crop(-cache.get_seq_length())
     (prompt,) = pair.rows(QUESTIONS[1:2])
-    found = prefilled(model, pair.batch(QUESTIONS[1:2]), past_key_values=cache).logits[0, -1]
+    found = prefilled(model, pair.batch(QUESTIONS[1:2]), **{CACHE_NAME: cache}).logits[0, -1]
     torch.testing.assert_close(found, oracle.logits(prompt, [])[-1], **CLOSE)
 
 
 def test_a_cache_with_thoughts_is_refused_while_adapters_are_disabled(pair: Pair, model: PeftModel) -> None:
     batch = pair.batch(QUESTIONS)
-    cache = prefilled(model, batch).past_key_values
+    cache = prefilled(model, batch)[CACHE_NAME]
     token = one_more(batch, torch.tensor([[7], [8], [9], [10]]))
-    with model.disable_adapter(), pytest.raises(ValueError, match=r"`past_key_values`.*'default'.*disabled now"):
-        model(**token, past_key_values=cache)
+    with model.disable_adapter(), pytest.raises(ValueError, match=rf"`{CACHE_NAME}`.*'default'.*disabled now"):
+        model(**token, **{CACHE_NAME: cache})
     with model.disable_adapter(), torch.no_grad():  # and one of its own goes on
         plain = pair.load_base()
-        expected = plain(**token, past_key_values=plain(**batch, use_cache=True).past_key_values).logits
-        own = model(**batch, use_cache=True).past_key_values
-        assert torch.equal(model(**token, past_key_values=own).logits, expected)
+        expected = plain(**token, **{CACHE_NAME: plain(**batch, use_cache=True)[CACHE_NAME]}).logits
+        own = model(**batch, use_cache=True)[CACHE_NAME]
+        assert torch.equal(model(**token, **{CACHE_NAME: own}).logits, expected)
 
 
 def test_a_cache_of_another_adapter_is_refused(pair: Pair, model: PeftModel) -> None:
     model.add_adapter("other", pair.config(num_thought_tokens=2))
     batch = pair.batch(QUESTIONS)
-    cache = prefilled(model, batch).past_key_values
+    cache = prefilled(model, batch)[CACHE_NAME]
     model.set_adapter("other")
-    with pytest.raises(ValueError, match=r"`past_key_values`.*'default'.*'other' is active now"):
-        model(**one_more(batch, torch.tensor([[7], [8], [9], [10]])), past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"`{CACHE_NAME}`.*'default'.*'other' is active now"):
+        model(**one_more(batch, torch.tensor([[7], [8], [9], [10]])), **{CACHE_NAME: cache})
 
 
 def test_a_second_turn_with_a_run_is_refused_on_an_old_cache(pair: Pair, model: PeftModel) -> None:
     first = pair.batch([f"{QUESTIONS[1]}{'<thought>' * N}"])
     second = pair.batch([f"{QUESTIONS[3]}{'<thought>' * N}"])
-    cache = prefilled(model, first).past_key_values
-    with pytest.raises(ValueError, match="`past_key_values` must not stand before a run of `thought_token`"):
-        model(input_ids=second["input_ids"], past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` must be empty"):
-        model.generate(**first, past_key_values=cache, max_new_tokens=2)
+    cache = prefilled(model, first)[CACHE_NAME]
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` must not stand before a run of `thought_token`"):
+        model(input_ids=second["input_ids"], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match=f"`{CACHE_NAME}` must be empty"):
+        model.generate(**first, **{CACHE_NAME: cache}, max_new_tokens=2)
 
 
 def test_a_prompt_read_in_chunks_by_hand_warns_and_places_after_the_first(
@@ -241,9 +242,9 @@ def test_a_prompt_read_in_chunks_by_hand_warns_and_places_after_the_first(
 ) -> None:
     (prompt,) = pair.rows(QUESTIONS[:1])
     with pytest.warns(UserWarning, match="thoughts stand after the last token of each row"), torch.no_grad():
-        cache = model(input_ids=torch.tensor([prompt[:6]]), use_cache=True).past_key_values
+        cache = model(input_ids=torch.tensor([prompt[:6]]), use_cache=True)[CACHE_NAME]
     with torch.no_grad():
-        found = model(input_ids=torch.tensor([prompt[6:]]), past_key_values=cache).logits[0]
+        found = model(input_ids=torch.tensor([prompt[6:]]), **{CACHE_NAME: cache}).logits[0]
     expected = oracle.logits(prompt[:6], prompt[6:], prompt=prompt[:6])[6 + N :]
     torch.testing.assert_close(found, expected, **CLOSE)
 
@@ -254,7 +255,7 @@ def test_a_logits_processor_may_run_the_model(pair: Pair, model: PeftModel) -> N
 
     def look(ids: Tensor, scores: Tensor) -> Tensor:
         mask = one_more(batch, ids[:, batch["input_ids"].shape[1] :])["attention_mask"]
-        seen.append(model(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache()).logits[:, -1])
+        seen.append(model(input_ids=ids, attention_mask=mask, **{CACHE_NAME: DynamicCache()}).logits[:, -1])
         torch.testing.assert_close(seen[-1], scores, atol=1e-4, rtol=1e-4)
         return scores
 

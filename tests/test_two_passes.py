@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from softcot_peft._compat import rotary_switch
+from softcot_peft._compat import CACHE_NAME, rotary_switch
 from softcot_peft.late_logits import LateLogits
 
 TEXTS = [
@@ -203,7 +203,7 @@ def test_what_two_passes_cannot_give_is_given_by_one(pair: Pair, given: str) -> 
     logits = output[1] if given == "tuple" else output.logits
     assert type(logits) is Tensor
     if given == "use_cache":
-        assert output.past_key_values is not None
+        assert output[CACHE_NAME] is not None
     if given == "output_hidden_states":
         assert all(state.shape[1] == batch["input_ids"].shape[1] for state in output.hidden_states)
 

@@ -44,14 +44,9 @@ class LatentReasoner(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         latents: list[Tensor] = []
         for _ in range(self.steps):
+            # By place, since releases of transformers differ in how they call the cache.
             output = self.base(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                output_hidden_states=True,
-                logits_to_keep=1,
+                None, mask, positions, cache, embeddings, use_cache=True, output_hidden_states=True, logits_to_keep=1
             )
             embeddings = output.hidden_states[-1][:, -1:]  # (B, 1, H)
             latents.append(embeddings)
@@ -73,10 +68,11 @@ class LatentReasoner(nn.Module):
         thought = prompt_mask.new_ones(len(prompt), self.steps)
         start = prompt_mask.sum(1, keepdim=True) + self.steps - 1  # position of the last latent
         logits = self.base(
-            inputs_embeds=torch.cat([latents[:, -1:], written], 1),
-            attention_mask=torch.cat([prompt_mask, thought, (labels[:, :-1] != -100).long()], 1),
-            position_ids=start + torch.arange(response.shape[1], device=start.device),
-            past_key_values=cache,
+            None,
+            torch.cat([prompt_mask, thought, (labels[:, :-1] != -100).long()], 1),
+            start + torch.arange(response.shape[1], device=start.device),
+            cache,
+            torch.cat([latents[:, -1:], written], 1),
             use_cache=True,
         ).logits  # (B, M, V): row j predicts the response's token j
         return {"loss": cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), "logits": logits}
