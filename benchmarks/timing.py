@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch.utils.benchmark import timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import trange
 
 Times = dict[str, list[float]]
@@ -55,14 +56,29 @@ def interleave(
     return {name: found[warmup:] for name, found in times.items()}
 
 
+class _Counting(TorchDispatchMode):
+    """Counts multiplications of matrix products. `FlopCounterMode` would read every output, logits to come included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS:
+            count = flop_registry[func.overloadpacket]
+            self.counted += count(*args, **(kwargs or {}), out_val=found) // 2  # and as many sums
+        return found
+
+
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
+
+
 def multiplications(action: Callable[[], Any]) -> int:
-    """Multiplications of the linear layers, forward and backward; attention's are not counted."""
-    with FlopCounterMode(display=False) as counted:
+    """Multiplications of matrix products, forward and backward: the linear layers; attention's kernels are fused."""
+    with _Counting() as counting:
         action()
-    counts = counted.get_flop_counts().get("Global", {})
-    return (
-        sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
-    )  # and as many sums
+    return counting.counted
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -12,7 +13,9 @@ from torch.utils._pytree import tree_map
 class LateLogits(Tensor):
     """Logits `(B, L, V)` that are put together at their first use, and then kept.
 
-    A loss that the base computes needs no row of them before the thoughts; whoever reads them finds them all.
+    A loss that the base computes needs no row of them before the thoughts; whoever reads them finds them all. What
+    wraps models handles every output, used or not: DDP asks for its `grad_fn`, which logits to come have not yet, and
+    clones it; accelerate casts it. Copies are made late, too.
     """
 
     _make: Callable[[], Tensor] | None
@@ -45,6 +48,10 @@ class LateLogits(Tensor):
         """Answer what shape, dtype and device tell; for all else, take the logits as they are."""
         if func in _ANSWERED:
             return super().__torch_function__(func, types, args, kwargs or {})
+        if func in _COPIES and isinstance(args[0], LateLogits):
+            late, *rest = args
+            like = func(torch.empty((), dtype=late.dtype, device=late.device), *rest, **kwargs or {})
+            return cls.of(like, late.shape, lambda: func(late.whole(), *rest, **kwargs or {}))
         args, kwargs = tree_map(_as_whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -63,4 +70,6 @@ _ANSWERED = {
     Tensor.numel,
     Tensor.__len__,
     Tensor.is_floating_point,
+    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
 }
+_COPIES = {Tensor.float, Tensor.bfloat16, Tensor.half, Tensor.double, Tensor.to, Tensor.clone, Tensor.detach}

@@ -89,8 +89,11 @@ class Rows:
 
 
 def moves(placement: Placement, length: int) -> bool:
-    """Whether rows of L columns are cut at their own thoughts: the fewer columns, one with gradient counting twice."""
-    return placement.latest + 2 * placement.reach <= placement.earliest + 2 * (length - placement.earliest)
+    """Whether rows of L columns are cut at their own thoughts: the fewer columns.
+
+    One with gradient counts for four: it goes forward and back, mostly gets logits, and is kept in between.
+    """
+    return placement.latest + 4 * placement.reach <= placement.earliest + 4 * (length - placement.earliest)
 
 
 def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_positions: bool) -> Rows:
@@ -204,7 +207,8 @@ class TwoPasses:
         for name, value in inputs.items():
             if name not in _DIVIDED and isinstance(value, Tensor) and value.dim() > 1:
                 return f"`{name}` is given"
-        if inputs.get("input_ids") is None or inputs.get("logits_to_keep") or inputs.get("use_cache"):
+        keep = inputs.get("logits_to_keep")  # a number or a tensor of columns
+        if inputs.get("input_ids") is None or isinstance(keep, Tensor) or keep or inputs.get("use_cache"):
             return "`inputs_embeds`, `logits_to_keep` or `use_cache` is given"
         config = self.model.config.get_text_config(decoder=True)
         for name, wanted in {**dict.fromkeys(PER_TOKEN_OUTPUTS, False), "return_dict": True}.items():
@@ -260,13 +264,13 @@ class TwoPasses:
             )
         )
 
-    def _caching(self) -> dict[str, Any]:
-        """What asks for a cache, and for no more logits than must be."""
-        return {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in self._names else {})
-
     @torch.no_grad()
     def _read_prompts(self, rows: Rows) -> Any:
-        return find_cache(self._run({**rows.prompt, **self._caching(), "return_dict": True}, rows, None))
+        """The cache of a pass over the prompts, which makes no logits where the base can be told so."""
+        inputs = {**rows.prompt, "use_cache": True, "return_dict": True}
+        if "logits_to_keep" in self._names:
+            inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=rows.cut.device)
+        return find_cache(self._run(inputs, rows, None))
 
     def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any) -> None:
         """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees."""
@@ -275,7 +279,8 @@ class TwoPasses:
         known = all(name in common for name, value in inputs.items() if value is not None)
         if rows.skipped and known and "logits_to_keep" in self._names:
             # A head of a trainer's own in the forward (TRL's) may not know the argument.
-            inputs["logits_to_keep"] = labels.shape[1] - rows.skipped
+            # Columns by name: a slice of several rows is no matrix, and would be multiplied row by row.
+            inputs["logits_to_keep"] = torch.arange(rows.skipped, labels.shape[1], device=labels.device)
             labels = labels[:, rows.skipped :].contiguous()
         inputs.pop("attention_mask", None)
         inputs.update(rows.rest, labels=labels, use_cache=True, **{CACHE_NAME: cache})

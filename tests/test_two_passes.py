@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from conformance.holding import attach, labelled, make_judge
 from conformance.holding import make_assistant as make_family_assistant
 from conftest import Pair, make_base
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from softcot_peft._compat import CACHE_NAME, rotary_switch
@@ -134,7 +135,7 @@ def test_rows_are_cut_where_it_is_less_work(
     cut = (int(own.max()), N * (not run) + int(last.max()))
     together = (int(own.min()), N * (not run) + length - int(own.min()))
     columns_run = [width for _, width in seen]
-    assert columns_run == list(min(cut, together, key=lambda widths: widths[0] + 2 * widths[1]))
+    assert columns_run == list(min(cut, together, key=lambda widths: widths[0] + 4 * widths[1]))
     if side == "right":
         assert columns_run == list(cut if moved else together)
 
@@ -154,6 +155,39 @@ def test_logits_are_made_only_where_they_are_read(pair: Pair) -> None:
         assert torch.equal(output["logits"].argmax(-1), first)  # kept
         assert len(seen) == 1
     assert type(output.logits[0]) is Tensor
+
+
+def test_mixed_precision_and_ddp_make_no_logits(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    gradients(model, batch)
+    with passes(model) as seen, torch.autocast("cpu", torch.bfloat16):
+        output = convert_to_fp32(model(**batch))  # accelerate's, around the forward
+        assert (len(seen), output.logits.dtype) == (2, torch.float32)
+        assert output.logits.grad_fn is None  # DDP's handling of outputs
+        logits = output.logits.clone()
+        assert len(seen) == 2
+        assert type(logits[0]) is Tensor
+        assert len(seen) == 3
+        torch.testing.assert_close(output.logits, logits[:])
+        assert len(seen) == 3
+        assert logits[:].grad_fn is not None
+        assert output.logits.detach()[:].grad_fn is None
+    assert logits[0].dtype == torch.float32
+
+
+def test_ddp_makes_no_logits(pair: Pair, tmp_path: Path) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    gradients(model, batch)
+    file = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=file, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # as `Trainer` has it
+        with passes(model) as seen:
+            output = wrapped(**batch)
+            output.loss.backward()
+            assert len(seen) == 2
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_read_logits_have_gradients(pair: Pair) -> None:
