@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from results.figures import Draw, looks, save
 
+from . import arithmetic
 from .goals import goals, shares
 from .rivals import AGAIN, CACHED, FLOOR, PLAIN, PLAIN_PATH, WHAT
 from .sections import FORMAT
@@ -36,6 +37,14 @@ The rivals of a training step:
 
 SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient, which `tests/test_benchmarks.py` checks.
 Larger models: `make bench SIZE=issue`, and `SIZE=7b` where there is an accelerator.
+
+## What the arithmetic allows
+
+{arithmetic}
+
+Computed for N = 32 and a response of 150, not run. How much of a plain step is left depends on the models' shapes: the
+larger the share of the head, whose logits of prompts are not needed, and the longer the prompt, the less. What a step
+takes beyond its multiplications differs, too: logits of all columns are large, and memory has to be found for them.
 """
 LABELS = {"thoughts": "thoughts, N", "prompt": "tokens of the prompt", "batch": "rows of a batch"}
 
@@ -55,7 +64,8 @@ def write(docs: Path) -> None:
         docs: Folder of `performance.md`, of the results in `performance`, and of the figures in `figures`.
     """
     (docs / "figures").mkdir(parents=True, exist_ok=True)
-    parts = [HEAD.format(rivals="\n".join(f"- **{name}**: {what}." for name, what in WHAT.items()))]
+    rivals = "\n".join(f"- **{name}**: {what}." for name, what in WHAT.items())
+    parts = [HEAD.format(rivals=rivals, arithmetic="\n".join(arithmetic.rows()))]
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in (docs / "performance").glob("*.json")]
     runs = [results for results in runs if results.get("format") == FORMAT]
     for results in sorted(runs, key=lambda run: (run["device"], -list(SIZES).index(run["size"]))):

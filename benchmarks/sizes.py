@@ -103,11 +103,11 @@ SIZES = {
         repeats=7,
         processes=9,
     ),
-    # 56 M and 21 M parameters; an hour
+    # 56 M and 21 M parameters with GPT-2's vocabulary; an hour
     "issue": Size(
-        base=_llama(512, 1376, 8, 8, 4),
-        assistant=_llama(256, 704, 6, 4, 4),
-        vocabulary=32000,
+        base=_llama(384, 1024, 11, 6, 3),
+        assistant=_llama(192, 512, 5, 3, 3),
+        vocabulary=50257,
         case=Case(batch=4, prompt=220, thoughts=32, response=150),
         grow={"thoughts": (1, 4, 8, 16, 32, 64), "prompt": (55, 110, 220, 440, 880), "batch": (1, 2, 4, 8)},
         repeats=11,

@@ -9,8 +9,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch.utils.benchmark import timer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import flop_registry
 from tqdm import trange
 
@@ -57,7 +57,7 @@ def interleave(
 
 
 class _Counting(TorchDispatchMode):
-    """Counts multiplications of matrix products. `FlopCounterMode` would read every output, logits to come included."""
+    """Counts multiplications of matrix products; `FlopCounterMode` would read every output, logits to come too."""
 
     def __init__(self) -> None:
         super().__init__()

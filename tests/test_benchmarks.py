@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 import softcot_peft.assistant
 from benchmarks import __main__ as command
-from benchmarks import answering, rivals, starting
+from benchmarks import answering, arithmetic, rivals, starting
 from benchmarks.goals import Goal, goals
 from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
 from benchmarks.sizes import SIZES, Case
@@ -102,6 +102,18 @@ def test_every_step_runs_anew_with_the_same_loss_and_leaves_the_pair_as_it_was(p
     assert all(map(torch.equal, pair.base.parameters(), before))
     assert not any(weight.requires_grad for weight in pair.base.parameters())
     assert not pair.base._forward_pre_hooks
+
+
+def test_counted_multiplications_are_the_computed_ones(pair: Pair) -> None:
+    case = Case(batch=3, prompt=11, thoughts=4, response=6)
+    steps = rivals.steps(pair, make_batch(case, SMOKE.vocabulary, pair.device))
+    for step in steps.values():
+        step()  # the package tries its two passes once
+    plain, floor = arithmetic.of_step(pair, case)
+    assert multiplications(steps[rivals.PLAIN]) == case.batch * plain
+    assert multiplications(steps[rivals.FLOOR]) == case.batch * floor
+    more = 2 * case.batch * (arithmetic.Model.of(pair.base).body + arithmetic.Model.of(pair.base).head)
+    assert multiplications(steps[rivals.SOFTCOT]) == case.batch * floor + more  # one column, which predicts nothing
 
 
 def test_the_floor_s_parts_are_all_of_it(pair: Pair) -> None:
