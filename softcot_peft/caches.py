@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -45,13 +46,23 @@ def remember(cache: Any, placement: Placement, adapter: str) -> None:
     """
     end = min(cache_length(cache), placement.latest + placement.num_thoughts)
     setattr(cache, _RECORD, Record(placement, adapter, end))
-    for name in _ROW_METHODS:
-        if hasattr(cache, name):
-            setattr(cache, name, MethodType(functools.partial(_pick_rows, name), cache))
+    if not issubclass(type(cache), _Recorded):
+        # A class rather than methods of the instance, through which the cache would hold itself, and its memory.
+        cache.__class__ = _recorded(cache.__class__)
 
 
-def _pick_rows(name: str, cache: Any, rows: Tensor) -> None:
-    getattr(type(cache), name)(cache, rows)
+class _Recorded:
+    """Marks caches that pick rows from their record, too."""
+
+
+@functools.cache
+def _recorded(kind: type) -> type:
+    picking = {name: functools.partialmethod(_pick_rows, kind, name) for name in _ROW_METHODS if hasattr(kind, name)}
+    return type(kind.__name__, (_Recorded, kind), picking)
+
+
+def _pick_rows(cache: Any, kind: type, name: str, rows: Tensor) -> None:
+    getattr(kind, name)(cache, rows)
     record: Record = getattr(cache, _RECORD)
     setattr(cache, _RECORD, replace(record, placement=record.placement.select(rows)))
 
@@ -96,13 +107,14 @@ def crop_in_callers_columns(cache: Any, added: int) -> None:
     """Have a cache cropped to lengths in the caller's columns.
 
     Drafts that are not accepted are dropped by `crop`. Transformers 5.23 says how many (negative), which needs no
-    translation; earlier releases say how many tokens stay.
+    translation; earlier releases say how many tokens stay. There the cache is a part of itself from here on, and its
+    memory is free only when Python has looked for such cycles.
 
     Args:
         cache: A cache of transformers.
         added: How many columns it holds beyond the caller's.
     """
-    if hasattr(cache, "crop"):
+    if hasattr(cache, "crop") and "tokens_to_remove" not in inspect.signature(cache.crop).parameters:
         crop: Callable[..., None] = functools.partial(_crop, added)
         cache.crop = MethodType(crop, cache)
 

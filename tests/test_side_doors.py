@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +164,32 @@ def test_decoding_by_hand_goes_on_after_the_thoughts(
         logits = model(**one_more(batch, token), **{CACHE_NAME: cache}).logits[:, -1]
     for row, last, found in zip(pair.rows(QUESTIONS), token.tolist(), logits, strict=True):
         torch.testing.assert_close(found, oracle.logits(row, last, prompt=row)[-1], **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["forward", "generate", "training"])
+def test_caches_are_gone_as_soon_as_nobody_holds_them(way: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, made = pair.model(), pair.batch(QUESTIONS), []
+    init = DynamicCache.__init__
+
+    def note(cache: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        init(cache, *args, **kwargs)
+        made.append(weakref.ref(cache))
+
+    monkeypatch.setattr(DynamicCache, "__init__", note)
+    gc.collect()
+    gc.disable()  # cycles would hide in memory until Python looks for them
+    try:
+        if way == "training":
+            labels = batch["input_ids"].index_fill(1, torch.arange(batch["input_ids"].shape[1] - 2), -100)
+            model.train()(**batch, labels=labels).loss.backward()
+        elif way == "generate":
+            model.generate(**batch, max_new_tokens=2)
+        else:
+            prefilled(model, batch)
+        assert made
+        assert not any(cache() for cache in made)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
