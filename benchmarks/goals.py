@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from .rivals import BASE, CACHED, FLOOR, NO_ASSISTANT, PLAIN, SOFTCOT
-from .sections import BARE, BASE_AGAIN, BATCHED, DISABLED, SINGLE
+from .sections import BARE, BASE_AGAIN, BATCHED, DISABLED, EQUAL, SINGLE, UNEQUAL
 from .timing import Spread, ratio
 
 
@@ -100,15 +100,21 @@ def _training(cases: list[dict[str, Any]]) -> Iterator[Goal]:
 
 def _evaluation(found: dict[str, Any]) -> Iterator[Goal]:
     times = found["seconds"]
-    own = ratio(times, f"{SOFTCOT}, {BATCHED}", f"{BARE}, {BATCHED}").median
-    yield Goal(
-        "evaluation: one at a time / in batches",
-        4,
-        ratio(times, f"{SOFTCOT}, {SINGLE}", f"{SOFTCOT}, {BATCHED}"),
-        f"a row writes in {found['busy']:.0%} of its batch's steps, then waits for the longest answer; in batches the "
-        f"package takes {own:.2f} of base + assistant",
-        at_least=True,
-    )
+    own = ratio(times, f"{SOFTCOT}, {BATCHED}, {UNEQUAL}", f"{BARE}, {BATCHED}, {UNEQUAL}").median
+    limits = {
+        EQUAL: f"a step of {found['at_once']} rows takes longer than one of one row",
+        UNEQUAL: f"a row writes in {found['busy']:.0%} of its batch's steps, then waits for the longest answer; in "
+        f"batches the package takes {own:.2f} of base + assistant",
+    }
+    for lengths, what in limits.items():
+        single, batched = (f"{SOFTCOT}, {how}, {lengths}" for how in (SINGLE, BATCHED))
+        yield Goal(
+            f"evaluation: one at a time / in batches; {lengths}",
+            4,
+            ratio(times, single, batched),
+            what,
+            at_least=True,
+        )
 
 
 def _generation(found: dict[str, Any]) -> Iterator[Goal]:

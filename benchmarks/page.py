@@ -35,6 +35,8 @@ The rivals of a training step:
 
 {rivals}
 
+Goals are for rows and answers of one length each; those of unequal length are held against the same goals.
+
 SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient, which `tests/test_benchmarks.py` checks.
 Larger models: `make bench SIZE=issue`, and `SIZE=7b` where there is an accelerator.
 
@@ -121,8 +123,9 @@ def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
 
 def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
     yield (
-        f"{found['questions']} prompts as long as GSM8K's questions, with greedy answers as long as its, of at most "
-        f"{found['longest']} tokens; batches of {found['at_once']}, prompts of like length together.\n"
+        f"{found['questions']} prompts as long as GSM8K's questions; batches of {found['at_once']}, prompts of like "
+        f"length together. Greedy answers as long as GSM8K's, of at most {found['longest']} tokens, or of "
+        f"{found['each']} tokens each, which are as many in all.\n"
     )
     yield from _times(found["seconds"], "all answers", 1)
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())

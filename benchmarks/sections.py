@@ -18,6 +18,7 @@ from .timing import interleave, multiplications, own
 FORMAT = 1  # of the results; those of another one are measured anew
 GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
 BATCHED, SINGLE = "in batches", "one at a time"
+EQUAL, UNEQUAL = "answers of one length", "answers as long as GSM8K's"
 BARE, DISABLED, BASE_AGAIN = "base + assistant", "disabled", "base again"
 
 
@@ -90,7 +91,10 @@ def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
 
 
 def evaluation(bench: Bench) -> dict[str, Any]:
-    """Seconds of answering all questions in batches and one at a time; peak bytes of the batch with the longest."""
+    """Seconds of answering all questions in batches and one at a time; peak bytes of the batch with the longest.
+
+    Once with answers as long as GSM8K's, and once with as many tokens in all, but as many in each answer.
+    """
     size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
     questions = answering.make_questions(size.questions, size.longest_answer, size.vocabulary)
     models = {
@@ -101,11 +105,14 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     }
     asks = {name: answering.called(model) for name, model in models.items()}
     asks[BARE] = answering.bare(bench.pair, num)
+    each = round(sum(length for _, length in questions) / len(questions))
+    asked = {UNEQUAL: questions, EQUAL: [(ids, each) for ids, _ in questions]}
     actions = {
-        f"{name}, {how}": partial(answering.evaluate, ask, questions, rows, device)
+        f"{name}, {how}, {lengths}": partial(answering.evaluate, ask, asked[lengths], rows, device)
         for name, ask in asks.items()
+        for lengths in asked
         for how, rows in ((BATCHED, size.questions_at_once), (SINGLE, 1))
-        if how == BATCHED or name == rivals.SOFTCOT
+        if name == rivals.SOFTCOT or (how == BATCHED and lengths == UNEQUAL)
     }
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
     for ask in asks.values():
@@ -113,6 +120,7 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     return {
         "questions": size.questions,
         "longest": size.longest_answer,
+        "each": each,
         "at_once": size.questions_at_once,
         "busy": answering.busy(questions, size.questions_at_once),
         "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3), warmup=0),
