@@ -17,9 +17,9 @@ from .models import Pair, make_pair
 from .sizes import SIZES, Case
 
 SHAPES = {
-    "sizes `issue`": SIZES["issue"],
+    "size `issue`": SIZES["issue"],
     "the same with a vocabulary of 32,000": replace(SIZES["issue"], vocabulary=32000),
-    "`7b`: those of Llama-3.1-8B and Llama-3.2-1B": SIZES["7b"],
+    "size `7b`, that of Llama-3.1-8B and Llama-3.2-1B": SIZES["7b"],
 }
 PROMPTS = (55, 110, 220, 440, 880)
 
