@@ -671,7 +671,7 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "max_steps": 4,
-        "per_device_train_batch_size": 4,  # all rows, so that losses of different steps can be compared
+        "per_device_train_batch_size": 2,
         "learning_rate": 3e-2,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -719,7 +719,8 @@ def test_sft_trainer(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             model=pair.load_base(),
             peft_config=pair.config(),
             processing_class=pair.tokenizer,
-            args=trl.SFTConfig(**arguments(tmp_path, bf16=False)),
+            # all rows in a step, so that losses of different steps can be compared
+            args=trl.SFTConfig(**arguments(tmp_path, bf16=False, per_device_train_batch_size=4)),
             train_dataset=data(rows),
         )
         if cached:
