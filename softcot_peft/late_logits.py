@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -15,11 +17,14 @@ class LateLogits(Tensor):
 
     A loss that the base computes needs no row of them before the thoughts; whoever reads them finds them all. What
     wraps models handles every output, used or not: DDP asks for its `grad_fn`, which logits to come have not yet, and
-    clones it; accelerate casts it. Copies are made late, too.
+    clones it; accelerate casts it. So copies of logits to come are made late, too: with the logits themselves, since
+    what is changed in place afterwards must not reach them, and with the gradients that were recorded when the copy
+    was asked for.
     """
 
     _make: Callable[[], Tensor] | None
     _whole: Tensor | None
+    _copies: list[ref[LateLogits]]
 
     @classmethod
     def of(cls, like: Tensor, shape: tuple[int, ...], make: Callable[[], Tensor]) -> LateLogits:
@@ -32,13 +37,16 @@ class LateLogits(Tensor):
         """
         # One number that seems to fill the shape: whoever should reach past `__torch_function__` does not read zeros.
         late = like.new_full((), float("nan")).expand(shape).as_subclass(cls)
-        late._make, late._whole = make, None
+        late._make, late._whole, late._copies = partial(_with_gradients, torch.is_grad_enabled(), make), None, []
         return late
 
     def whole(self) -> Tensor:
         """The logits as an ordinary tensor, with their gradients."""
         if self._whole is None and self._make is not None:
             self._whole, self._make = self._make(), None
+            for copy in (found() for found in self._copies):
+                if copy is not None:
+                    copy.whole()
         if self._whole is None:
             raise RuntimeError("`LateLogits` must be made with `of`, got a copy of their placeholder.")
         return self._whole
@@ -48,12 +56,19 @@ class LateLogits(Tensor):
         """Answer what shape, dtype and device tell; for all else, take the logits as they are."""
         if func in _ANSWERED:
             return super().__torch_function__(func, types, args, kwargs or {})
-        if func in _COPIES and isinstance(args[0], LateLogits):
+        if func in _COPIES and isinstance(args[0], LateLogits) and args[0]._whole is None:
             late, *rest = args
             like = func(torch.empty((), dtype=late.dtype, device=late.device), *rest, **kwargs or {})
-            return cls.of(like, late.shape, lambda: func(late.whole(), *rest, **kwargs or {}))
+            copy = cls.of(like, late.shape, lambda: func(late.whole(), *rest, **kwargs or {}))
+            late._copies.append(ref(copy))
+            return copy
         args, kwargs = tree_map(_as_whole, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _with_gradients(wanted: bool, make: Callable[[], Tensor]) -> Tensor:
+    with torch.set_grad_enabled(wanted):
+        return make()
 
 
 def _as_whole(value: Any) -> Any:

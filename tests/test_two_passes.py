@@ -203,6 +203,35 @@ def test_read_logits_have_gradients(pair: Pair) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_a_copy_of_logits_to_come_is_of_the_moment_when_it_was_asked_for(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    logits = model(**batch).logits
+    copy, cast, gone = logits.clone(), logits.double(), logits.clone()
+    with torch.no_grad():
+        frozen = logits.float().clone()
+    del gone
+    assert all(isinstance(tensor, LateLogits) for tensor in (copy, cast, frozen))
+    with torch.no_grad():
+        expected = logits[:].clone()
+        logits.mul_(0)
+    assert logits.abs().max() == 0
+    for tensor in (copy, cast, frozen):
+        torch.testing.assert_close(tensor[:], expected.to(tensor.dtype))
+    assert copy[:].requires_grad
+    assert cast[:].requires_grad
+    assert not frozen[:].requires_grad
+    later = logits.clone()
+    assert type(later) is Tensor
+    assert later.abs().max() == 0
+
+
+def test_logits_that_are_first_read_without_gradients_have_them_nonetheless(pair: Pair) -> None:
+    logits = pair.model().train()(**make_batch(pair)).logits
+    with torch.no_grad():
+        assert not (logits + 1).requires_grad
+    assert (logits + 1).requires_grad
+
+
 def test_what_reaches_past_the_logits_reads_no_zeros(pair: Pair) -> None:
     logits = pair.model().train()(**make_batch(pair)).logits
     assert torch.Tensor.as_subclass(LateLogits.whole(logits), Tensor).isfinite().all()
