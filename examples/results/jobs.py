@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TUNING_SEED = 100  # its problems are asked in no other run
-# Peak learning rates that are tried, by system.
+# Peak learning rates that are tried, by system; wide enough that the best one is neither the first nor the last.
 RATES = {
     "prompt tuning": (3e-2, 1e-1, 3e-1),
-    "trained placeholders": (3e-2, 1e-1, 3e-1),
-    "LoRA": (1e-3, 3e-3, 1e-2),
+    "trained placeholders": (3e-3, 1e-2, 3e-2, 1e-1),
+    "LoRA": (1e-3, 3e-3, 1e-2, 3e-2),
     "Coconut": (3e-4, 1e-3, 3e-3),
     "SoftCoT": (1e-2, 3e-2, 1e-1),
 }
