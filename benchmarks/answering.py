@@ -148,8 +148,16 @@ def busy(questions: Sequence[tuple[Tensor, int]], at_once: int) -> float:
     return sum(length for _, length in questions) / steps
 
 
-def step_seconds(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device) -> float:
-    """Median seconds between two tokens of one batch, after the first."""
+def step_seconds(ask: Ask, questions: Sequence[tuple[Tensor, int]], tokens: int, device: torch.device) -> float:
+    """Median seconds between two tokens of one batch, after the first.
+
+    Args:
+        ask: What generates.
+        questions: Prompts.
+        tokens: How many each answer has.
+        device: Where the models are.
+    """
     ticks = Ticks()
+    questions = [(ids, tokens) for ids, _ in questions]
     answer(ask, questions, device, stopping_criteria=StoppingCriteriaList([ticks]))
     return median(later - earlier for earlier, later in pairwise(ticks.times))

@@ -24,12 +24,13 @@ HEAD = """# Performance
 
 Written by `make bench`, with all its tables and figures; do not edit.
 
-Every figure stands beside its rival's: both ran in the same process, in turns (A B C, C B A, ...), after a warm-up.
-Ratios are made of the two times of one round; what is shown is their median and, in brackets, their quartiles. Times
-are of forward and backward, without the optimizer, which is the same for all. Memory is the peak above the loaded
-weights: on a CPU the bytes of all tensors alive at once, on CUDA the allocator's count. Multiplications are those of
-linear layers, forward and backward; no attention. Weights are random, and all rivals share them; nothing is
-downloaded. Every single time is in the JSON file of a run, in the folder `performance` beside this page.
+Every figure stands beside its rival's: both ran in the same process, in rounds of all rivals, each round in an order
+of chance, after a warm-up. Ratios are made of the two times of one round; what is shown is their median and, in
+brackets, their quartiles. Times are of forward and backward, without the optimizer, which is the same for all. Memory
+is the peak above the loaded weights: on a CPU the bytes of all tensors alive at once, on CUDA the allocator's count.
+Multiplications are those of linear layers, forward and backward; no attention. Weights are random, and all rivals
+share them; nothing is downloaded. Every single time is in the JSON file of a run, in the folder `performance` beside
+this page.
 
 The rivals of a training step:
 

@@ -15,7 +15,7 @@ from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, t
 from .sizes import Case, Size
 from .timing import interleave, multiplications, own
 
-FORMAT = 1  # of the results; those of another one are measured anew
+FORMAT = 2  # of the results; those of another one are measured anew
 GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
 BATCHED, SINGLE = "in batches", "one at a time"
 EQUAL, UNEQUAL = "answers of one length", "answers as long as GSM8K's"
@@ -50,7 +50,7 @@ class Bench:
         return make_batch(case, self.size.vocabulary, self.pair.device)
 
     def time(self, actions: dict[str, Callable[[], Any]], what: str, **options: Any) -> dict[str, list[float]]:
-        """Times of rivals that take turns."""
+        """Times of rivals, side by side in every round."""
         return interleave(actions, options.pop("repeats", self.repeats), what, **options)
 
 
@@ -148,15 +148,20 @@ def generation(bench: Bench) -> dict[str, Any]:
     def forward(module: torch.nn.Module) -> Callable[[], Any]:
         return torch.no_grad()(lambda: module(**inputs, logits_to_keep=1, use_cache=False))
 
-    def each(function: Callable[..., Any], rows: int) -> dict[str, Callable[[], Any]]:
-        return {name: partial(function, ask, questions[:rows], device) for name, ask in asks.items()}
+    def each(function: Callable[..., Any], rows: int, *options: int) -> dict[str, Callable[[], Any]]:
+        return {name: partial(function, ask, questions[:rows], *options, device) for name, ask in asks.items()}
+
+    def step(rows: int, what: str) -> dict[str, list[float]]:
+        # a short answer and more rounds: what else the machine does changes from second to second
+        tokens, repeats = size.longest_answer // 4 + 1, 2 * bench.repeats
+        return bench.time(each(answering.step_seconds, rows, tokens), what, clock=own, repeats=repeats)
 
     return {
         "rows": len(questions),
         "tokens": max(length for _, length in questions),
         "generate": bench.time(each(answering.answer, len(questions)), "generate"),
-        "step": bench.time(each(answering.step_seconds, len(questions)), "decoding", clock=own),
-        "step of one row": bench.time(each(answering.step_seconds, 1), "decoding one row", clock=own),
+        "step": step(len(questions), "decoding"),
+        "step of one row": step(1, "decoding one row"),
         "forward": bench.time(
             {
                 DISABLED: forward(model),

@@ -1,10 +1,11 @@
-"""Times rivals in turns, so that what else the machine does falls on all of them alike; counts multiplications."""
+"""Times rivals in rounds, so that what else the machine does falls on all of them alike; counts multiplications."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -33,7 +34,7 @@ def own(action: Callable[[], float]) -> float:
 def interleave(
     actions: Mapping[str, Callable[[], Any]], repeats: int, what: str, clock: Clock = seconds, warmup: int = 1
 ) -> Times:
-    """Time actions in turns: A B C, C B A, A B C, and so on.
+    """Time actions in rounds, each in an order of chance, so that none always follows the same one.
 
     Not with `torch.utils.benchmark.Timer`: it times one statement after the other, and warms up before each.
 
@@ -45,11 +46,12 @@ def interleave(
         warmup: Rounds before, which are not counted.
     """
     times: Times = {name: [] for name in actions}
+    chance = Random(0)
     gc.collect()
-    for round_ in trange(-warmup, repeats, desc=what, leave=False, unit="round"):
+    for _ in trange(-warmup, repeats, desc=what, leave=False, unit="round"):
         gc.disable()  # as timeit does: collections fall on whoever runs when they are due
         try:
-            for name in list(actions)[:: -1 if round_ % 2 else 1]:
+            for name in chance.sample(list(actions), len(actions)):
                 times[name].append(clock(actions[name]))
         finally:
             gc.enable()

@@ -153,7 +153,7 @@ def test_every_question_is_answered_as_long_as_it_is_told(pair: Pair, at_once: i
     assert max(len(batch) for batch in answers) == at_once
     rows = {1: 15, 2: 2 * 5 + 2 * 4 + 2, 5: 5 * 5}[at_once]
     assert answering.busy(questions, at_once) == 15 / rows
-    assert answering.step_seconds(answering.called(pair.base), questions, pair.device) > 0
+    assert answering.step_seconds(answering.called(pair.base), questions, 3, pair.device) > 0
 
 
 def test_lengths_follow_the_deciles() -> None:
@@ -166,18 +166,19 @@ def test_lengths_follow_the_deciles() -> None:
     assert lengths(10, 1, ragged=True) == [10]
 
 
-def test_rivals_take_turns_in_both_orders_and_warm_up_uncounted() -> None:
+def test_rivals_come_once_in_every_round_in_changing_order_and_warm_up_uncounted() -> None:
     order: list[str] = []
-    clock = iter(range(100))
 
     def timed(action: Callable[[], None]) -> float:
         action()
-        return next(clock)
+        return len(order)
 
     actions = {name: lambda name=name: order.append(name) for name in "ABC"}
-    times = interleave(actions, 2, "letters", clock=timed, warmup=1)
-    assert "".join(order) == "CBA" + "ABC" + "CBA"
-    assert times == {"A": [3, 8], "B": [4, 7], "C": [5, 6]}
+    times = interleave(actions, 19, "letters", clock=timed, warmup=1)
+    rounds = ["".join(order[at : at + 3]) for at in range(0, 60, 3)]
+    assert {"".join(sorted(found)) for found in rounds} == {"ABC"}
+    assert {found[0] for found in rounds} == set("ABC")
+    assert times == {name: [3 * at + rounds[at].index(name) + 1 for at in range(1, 20)] for name in "ABC"}
 
 
 def test_ratios_are_those_of_each_round() -> None:
