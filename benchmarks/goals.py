@@ -64,31 +64,37 @@ def shares(parts: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: time / sum(medians.values()) for name, time in medians.items()}
 
 
+def compared(case: Mapping[str, Any], name: str, to: str) -> Spread:
+    """The ratio of two steps' times; of near rivals, in the rounds of these alone."""
+    near = case["near_seconds"]
+    return ratio(near if {name, to} <= near.keys() else case["seconds"], name, to)
+
+
 def _training(cases: list[dict[str, Any]]) -> Iterator[Goal]:
     for case in cases:
-        times, memory, text = case["seconds"], case["peak_bytes"], case["text"]
-        over = ratio(times, SOFTCOT, FLOOR).median - 1
-        floor = ratio(times, FLOOR, PLAIN).median
+        memory, text = case["peak_bytes"], case["text"]
+        over = compared(case, SOFTCOT, FLOOR).median - 1
+        floor = compared(case, FLOOR, PLAIN).median
         counted = case["multiplications"][FLOOR] / case["multiplications"][PLAIN]
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(case["parts"]).items())
         yield Goal(
             f"training step / plain; {text}",
             0.50,
-            ratio(times, SOFTCOT, PLAIN),
+            compared(case, SOFTCOT, PLAIN),
             f"the bare operations alone take {floor:.2f} of plain, and {counted:.2f} of the multiplications of its "
             "linear layers",
         )
         yield Goal(
             f"training step / floor; {text}",
             1.08,
-            ratio(times, SOFTCOT, FLOOR),
+            compared(case, SOFTCOT, FLOOR),
             f"what it does beyond the bare operations, {over:+.0%} of their time; those are: {parts}",
         )
         yield Goal(
             f"training step, cached thoughts / floor without assistant; {text}",
             1.02,
-            ratio(times, CACHED, NO_ASSISTANT) if CACHED in times else None,
-            f"the floor without its assistant takes {ratio(times, NO_ASSISTANT, FLOOR).median:.2f} of the floor",
+            compared(case, CACHED, NO_ASSISTANT) if CACHED in case["seconds"] else None,
+            f"the floor without its assistant takes {compared(case, NO_ASSISTANT, FLOOR).median:.2f} of the floor",
         )
         yield Goal(
             f"peak memory of a training step / plain; {text}",

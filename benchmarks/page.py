@@ -14,11 +14,11 @@ from matplotlib.ticker import MaxNLocator
 from results.figures import Draw, looks, save
 
 from . import arithmetic
-from .goals import goals, shares
+from .goals import compared, goals, shares
 from .rivals import AGAIN, CACHED, FLOOR, PLAIN, PLAIN_PATH, WHAT
 from .sections import FORMAT
 from .sizes import SIZES
-from .timing import Spread, ratio
+from .timing import Spread
 
 HEAD = """# Performance
 
@@ -109,14 +109,18 @@ def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
             "| --- | --- | --- | --- | --- | --- | --- |"
         )
         for name, found in times.items():
+            of_plain, of_floor = (compared(case, name, to) for to in (PLAIN, FLOOR))
             yield (
-                f"| {name} | {1e3 * median(found):,.1f} | {ratio(times, name, PLAIN)} | {ratio(times, name, FLOOR)} "
-                f"| {memory[name] / 1e6:,.1f} | {memory[name] / memory[PLAIN]:.2f} "
-                f"| {counted[name] / counted[PLAIN]:.2f} |"
+                f"| {name} | {1e3 * median(found):,.1f} | {of_plain} | {of_floor} | {memory[name] / 1e6:,.1f} "
+                f"| {memory[name] / memory[PLAIN]:.2f} | {counted[name] / counted[PLAIN]:.2f} |"
             )
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(case["parts"]).items())
-        noise = ratio(times, AGAIN, FLOOR)
-        yield f"\nThe floor's parts: {parts}. Noise of this run, the floor against itself: {noise}.\n"
+        noise, near = compared(case, AGAIN, FLOOR), case["near_seconds"]
+        yield (
+            f"\nRounds: {len(times[FLOOR])} of all, and {len(near[FLOOR])} of {', '.join(near)} alone, of which their "
+            f"ratios to each other are made. Noise of these, the floor against itself: {noise}. The floor's parts: "
+            f"{parts}.\n"
+        )
     missing = [name for name in (PLAIN_PATH, CACHED) if name not in cases[0]["seconds"]]
     if missing:
         yield f"Not measured, since the package does not offer it yet: {'; '.join(missing)}.\n"

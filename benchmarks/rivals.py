@@ -32,6 +32,7 @@ Mark = Callable[[str], None]
 SOFTCOT, PLAIN, FLOOR, AGAIN = "SoftCoT", "plain SoftCoT", "floor", "floor again"
 PLAIN_PATH, CACHED, NO_ASSISTANT = "SoftCoT, plain path", "SoftCoT, cached thoughts", "floor without assistant"
 PROMPT_TUNING, LORA, BASE = "prompt tuning", "LoRA", "base"
+NEAR = (SOFTCOT, FLOOR, AGAIN, CACHED, NO_ASSISTANT)  # a few hundredths apart
 WHAT = {
     SOFTCOT: "the package, as `Trainer` calls it",
     PLAIN_PATH: "the package with its faster path switched off",

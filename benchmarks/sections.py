@@ -55,12 +55,16 @@ class Bench:
 
 
 def training(bench: Bench) -> list[dict[str, Any]]:
-    """Each case: time, memory and multiplications of every rival's step, and the floor's parts."""
+    """Each case: time, memory and multiplications of every rival's step, and the floor's parts.
+
+    Rivals that are a few hundredths apart are timed alone once more, in more rounds.
+    """
     found = []
     for case in bench.size.cases:
         batch = bench.batch(case)
         steps = rivals.steps(bench.pair, batch)
-        times = bench.time(steps, str(case))
+        times = bench.time(steps, str(case), repeats=(bench.repeats + 1) // 2)
+        near = {name: step for name, step in steps.items() if name in rivals.NEAR}
         projection = projection_of(attach(bench.pair, case.thoughts))
         parts = [rivals.floor_parts(bench.pair, projection, batch) for _ in range(1 + bench.repeats)][1:]
         found.append(
@@ -68,6 +72,8 @@ def training(bench: Bench) -> list[dict[str, Any]]:
                 "case": asdict(case),
                 "text": str(case),
                 "seconds": times,
+                # without the others, after whose large tensors the next step takes longer
+                "near_seconds": bench.time(near, f"{case}, near ones", repeats=2 * bench.repeats),
                 "peak_bytes": {name: peak(step, bench.pair.device) for name, step in steps.items()},
                 "multiplications": {name: multiplications(step) for name, step in steps.items()},
                 "parts": {name: [part[name] for part in parts] for name in parts[0]},

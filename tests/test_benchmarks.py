@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 import softcot_peft.assistant
 from benchmarks import __main__ as command
 from benchmarks import answering, arithmetic, rivals, starting
-from benchmarks.goals import Goal, goals
+from benchmarks.goals import Goal, compared, goals
 from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
 from benchmarks.sizes import SIZES, Case
 from benchmarks.timing import Spread, interleave, multiplications, ratio
@@ -187,6 +187,14 @@ def test_ratios_are_those_of_each_round() -> None:
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
+def test_near_rivals_are_compared_in_the_rounds_of_these_alone() -> None:
+    seconds = {"SoftCoT": [4.0], "floor": [1.0], "LoRA": [2.0]}
+    case = {"seconds": seconds, "near_seconds": {"SoftCoT": [3.0], "floor": [2.0]}}
+    assert compared(case, "SoftCoT", "floor").median == 1.5
+    assert compared(case, "SoftCoT", "LoRA").median == 2
+    assert compared(case, "LoRA", "floor").median == 2
+
+
 def test_multiplications_are_those_of_linear_layers_forward_and_backward() -> None:
     layer, rows = torch.nn.Linear(5, 7), torch.ones(3, 5)
     assert multiplications(lambda: layer(rows)) == 3 * 5 * 7
@@ -237,6 +245,9 @@ def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path, capsys
         for kind in ("seconds", "peak_bytes")
         for theme in ("light", "dark")
     }
+    for case in results["sections"]["training"]["found"]:
+        assert set(case["near_seconds"]) == set(rivals.NEAR)
+        assert {len(times) for times in case["near_seconds"].values()} == {2}
     ran = results["sections"]["training"]["environment"]
     assert {"torch", "transformers", "peft", "softcot-peft"} == set(ran["libraries"])
     assert ran["repeats"] == 1
