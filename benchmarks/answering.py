@@ -19,21 +19,23 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of, twin
 from .rivals import assistant_states
 
-# Deciles of the lengths of GSM8K's training questions and answers, counted in words, digit groups of up to three and
-# punctuation marks; tokenizers of today's models count nearly the same.
-QUESTION = (10, 31, 36, 40, 44, 49, 54, 59, 67, 79, 203)
-ANSWER = (21, 35, 42, 49, 55, 62, 71, 80, 93, 112, 277)
+# Lengths of every 116th problem of GSM8K's training file and of its solution, without the calculator's notes: words,
+# groups of up to three digits, punctuation marks, which today's tokenizers count nearly the same.
+# fmt: off
+LENGTHS = (
+    (34, 30), (96, 118), (88, 106), (81, 111), (30, 85), (73, 98), (62, 62), (68, 91), (31, 81), (38, 50), (62, 49),
+    (36, 62), (53, 56), (54, 127), (33, 55), (35, 42), (48, 42), (36, 36), (56, 64), (31, 48), (43, 67), (36, 33),
+    (36, 25), (40, 60), (46, 91), (48, 83), (59, 101), (51, 63), (57, 107), (39, 58), (37, 53), (44, 35), (37, 116),
+    (53, 103), (28, 57), (45, 40), (32, 74), (57, 62), (93, 137), (35, 53), (66, 37), (57, 49), (47, 87), (67, 56),
+    (82, 89), (120, 112), (41, 50), (68, 102), (45, 53), (50, 35), (44, 31), (30, 32), (36, 41), (19, 33), (24, 48),
+    (42, 43), (31, 91), (70, 62), (46, 40), (33, 116), (66, 111), (58, 164), (35, 50), (30, 28),
+)
+# fmt: on
 Ask = Callable[..., Tensor]
 
 
-def spread(deciles: Sequence[int], number: int) -> list[int]:
-    """As many lengths as are wanted, evenly from the distribution of some deciles."""
-    places = [(index + 0.5) / number * (len(deciles) - 1) for index in range(number)]
-    return [round(deciles[int(at)] + (at % 1) * (deciles[int(at) + 1] - deciles[int(at)])) for at in places]
-
-
 def make_questions(number: int, longest_answer: int, vocabulary: int) -> list[tuple[Tensor, int]]:
-    """Prompts of random ids and how long their answers are, as long as GSM8K's, in an order of chance.
+    """Prompts of random ids and how long their answers are, EOS among them; as long as GSM8K's.
 
     Args:
         number: How many.
@@ -41,11 +43,10 @@ def make_questions(number: int, longest_answer: int, vocabulary: int) -> list[tu
         vocabulary: Ids that the models know.
     """
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(number, generator=generator).tolist()
-    answers = spread(ANSWER, number)
+    chosen = [LENGTHS[index * len(LENGTHS) // number] for index in range(number)]
     return [
-        (torch.randint(FIRST, vocabulary, (length,), generator=generator), min(longest_answer, answers[at]))
-        for length, at in zip(spread(QUESTION, number), order, strict=True)
+        (torch.randint(FIRST, vocabulary, (question,), generator=generator), min(longest_answer, answer + 1))
+        for question, answer in chosen
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from benchmarks.sizes import SIZES, Case
 from benchmarks.timing import Spread, interleave, multiplications, ratio
 
 SMOKE = SIZES["smoke"]
+DATA = Path(os.environ.get("SOFTCOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CASES = [*SMOKE.cases, Case(batch=3, prompt=9, thoughts=1, response=1), Case(4, 14, 5, 11, ragged=True)]
 
 
@@ -156,11 +159,22 @@ def test_every_question_is_answered_as_long_as_it_is_told(pair: Pair, at_once: i
     assert answering.step_seconds(answering.called(pair.base), questions, 3, pair.device) > 0
 
 
-def test_lengths_follow_the_deciles() -> None:
-    assert answering.spread((0, 10, 20, 30), 3) == [5, 15, 25]
-    found = answering.spread(answering.QUESTION, 64)
-    assert found == sorted(found)
-    assert sum(found) / 64 == pytest.approx(52.6, abs=5)  # the mean of GSM8K's training questions
+def test_questions_and_answers_are_as_long_as_those_of_gsm8k() -> None:
+    questions = answering.make_questions(4, 60, SMOKE.vocabulary)
+    assert [(len(ids), answer) for ids, answer in questions] == [(34, 31), (48, 43), (37, 60), (45, 54)]
+
+
+def test_lengths_are_those_of_the_training_file() -> None:
+    file = DATA / "gsm8k" / "train.jsonl"
+    if not file.is_file():
+        pytest.skip(f"GSM8K's training file is not at {file}")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    pairs = [(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows[::116][:64]]
+    words = re.compile(r"\d{1,3}|[^\W\d]+|[^\w\s]")
+    assert [tuple(len(words.findall(text)) for text in pair) for pair in pairs] == list(answering.LENGTHS)
+
+
+def test_rows_of_unequal_length_go_down_to_half_the_longest() -> None:
     assert lengths(10, 3, ragged=True) == [10, 8, 5]
     assert lengths(10, 3, ragged=False) == [10] * 3
     assert lengths(10, 1, ragged=True) == [10]
