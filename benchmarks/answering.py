@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -62,10 +63,10 @@ class Ends(LogitsProcessor):
         self.left = torch.tensor(lengths, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Allow EOS alone where the answer ends, and all but EOS before."""
+        """Allow EOS alone where the answer ends, and all but EOS before; of the scores, one column is touched."""
         self.left = self.left - 1
-        is_eos = torch.arange(scores.shape[1], device=scores.device) == EOS
-        return scores.masked_fill((self.left > 0)[:, None] == is_eos, float("-inf"))
+        scores[:, EOS] = torch.where(self.left > 0, -inf, inf)
+        return scores
 
 
 class Ticks(StoppingCriteria):
