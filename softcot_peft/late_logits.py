@@ -43,9 +43,14 @@ class LateLogits(Tensor):
     def whole(self) -> Tensor:
         """The logits as an ordinary tensor, with their gradients."""
         if self._whole is None and self._make is not None:
-            self._whole, self._make = self._make(), None
+            make, self._make = self._make, None
+            try:
+                self._whole = make()
+            except BaseException:
+                self._make = make
+                raise
             for copy in (found() for found in self._copies):
-                if copy is not None:
+                if copy is not None and copy._make is not None:  # else the one that asks
                     copy.whole()
         if self._whole is None:
             raise RuntimeError("`LateLogits` must be made with `of`, got a copy of their placeholder.")

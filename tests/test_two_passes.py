@@ -18,6 +18,7 @@ from conformance.holding import make_assistant as make_family_assistant
 from conftest import Pair, make_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from softcot_peft._compat import CACHE_NAME, rotary_switch
@@ -223,6 +224,41 @@ def test_a_copy_of_logits_to_come_is_of_the_moment_when_it_was_asked_for(pair: P
     later = logits.clone()
     assert type(later) is Tensor
     assert later.abs().max() == 0
+
+
+def test_copies_are_made_once_and_again_when_making_failed() -> None:
+    made, numbers = [], torch.arange(6.0).reshape(1, 2, 3)
+
+    def make() -> Tensor:
+        made.append(len(made))
+        if len(made) == 1:
+            raise RuntimeError("no memory")
+        return numbers
+
+    late = LateLogits.of(numbers, (1, 2, 3), make)
+    copy, other = late.clone(), late.double()
+    with pytest.raises(RuntimeError, match="no memory"):
+        copy.sum()
+    whole = copy.whole()
+    assert made == [0, 1]
+    assert late.whole() is numbers
+    assert copy.whole() is whole
+    assert whole.data_ptr() != numbers.data_ptr()
+    assert other.sum() == whole.sum() == 15
+
+
+def test_a_copy_that_is_read_first_is_copied_once() -> None:
+    numbers, copied = torch.arange(6.0).reshape(1, 2, 3), []
+    copy = LateLogits.of(numbers, (1, 2, 3), lambda: numbers).clone()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            copied.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        copy.whole()
+    assert copied.count(torch.ops.aten.clone) == 1
 
 
 def test_logits_that_are_first_read_without_gradients_have_them_nonetheless(pair: Pair) -> None:
