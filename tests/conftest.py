@@ -45,6 +45,8 @@ settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=T
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "stable"))
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+DATA = Path(os.environ.get("SOFTCOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the project, nor in SOFTCOT_DATA")
 QUESTIONS = [
     "Tom has three apples and buys nine more. How many apples has he now?",
     "How many legs have seven dogs?",

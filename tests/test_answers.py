@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections import Counter
 from fractions import Fraction
@@ -13,11 +12,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from conftest import DATA, needs_data
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "evaluation" / "answers.py"
-DATA = Path(os.environ.get("SOFTCOT_DATA", ROOT.parent / "shared" / "data"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the project, nor in SOFTCOT_DATA")
 
 
 def load_by_path() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, needs_data
 from torch import Tensor
 
 pytest.importorskip("matplotlib")
@@ -24,7 +24,6 @@ from benchmarks.sizes import SIZES, Case
 from benchmarks.timing import Spread, interleave, multiplications, ratio
 
 SMOKE = SIZES["smoke"]
-DATA = Path(os.environ.get("SOFTCOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CASES = [*SMOKE.cases, Case(batch=3, prompt=9, thoughts=1, response=1), Case(4, 14, 5, 11, ragged=True)]
 
 
@@ -164,11 +163,9 @@ def test_questions_and_answers_are_as_long_as_those_of_gsm8k() -> None:
     assert [(len(ids), answer) for ids, answer in questions] == [(34, 31), (48, 43), (37, 60), (45, 54)]
 
 
+@needs_data
 def test_lengths_are_those_of_the_training_file() -> None:
-    file = DATA / "gsm8k" / "train.jsonl"
-    if not file.is_file():
-        pytest.skip(f"GSM8K's training file is not at {file}")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (DATA / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     pairs = [(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows[::116][:64]]
     words = re.compile(r"\d{1,3}|[^\W\d]+|[^\w\s]")
     assert [tuple(len(words.findall(text)) for text in pair) for pair in pairs] == list(answering.LENGTHS)

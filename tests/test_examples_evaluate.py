@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLES, Pair, load_example
+from conftest import DATA, EXAMPLES, Pair, load_example, needs_data
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_data import write_data
 
@@ -34,7 +33,6 @@ def load_script() -> ModuleType:
 evaluate = load_script()
 NEW = 6
 N = 4
-DATA = Path(os.environ.get("SOFTCOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +230,7 @@ def test_one_question_has_no_other(pair: Pair, data: Path, adapter: Path, tmp_pa
         run(pair, data, tmp_path, "--adapter", str(adapter), "--tasks", "aqua", "--controls", "--limit", "1")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the project, nor in SOFTCOT_DATA")
+@needs_data
 def test_every_task_runs_on_its_real_data(pair: Pair, tmp_path: Path) -> None:
     results = run(pair, DATA, tmp_path, "--limit", "2")
     assert [len(score["right"]["first"]) for score in results["scores"]] == [2] * len(evaluate.TASKS)
