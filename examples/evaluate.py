@@ -100,7 +100,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """All that a score depends on but for its question."""
     files = [
         *(ROOT / "evaluation").iterdir(),
-        *(ROOT / "examples" / name for name in ("controls.py", "harness.py")),
+        *(ROOT / "examples" / name for name in ("controls.py", "harness.py", "live_rows.py")),
         *(ROOT / "softcot_peft").glob("*.py"),
     ]
     if args.adapter and Path(args.adapter).is_dir():

@@ -16,12 +16,21 @@ from typing import Any
 import torch
 from controls import average_thoughts, controlled
 from huggingface_hub import file_exists
+from live_rows import LiveRows
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import (
+    AutoTokenizer,
+    EosTokenCriteria,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from softcot_peft import SoftCoTConfig
 
@@ -85,6 +94,45 @@ def batch_size_for(questions: int, size: int, processes: int) -> int:
     return fitting[-1]
 
 
+class StopTexts(StoppingCriteria):
+    """Tells of each row whether it has a stop text; the harness's own criteria tell only when all rows have one.
+
+    Args:
+        criteria: The harness's, one for each text.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self.criteria = criteria
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Which rows have ended, `(B,)`."""
+        self.criteria(input_ids, scores, **kwargs)
+        return torch.tensor([text.done_tracker for text in self.criteria], device=input_ids.device).any(0)
+
+
+class Harness(HFLM):
+    """The harness's model, which runs only those rows of a batch whose answers have not ended."""
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> torch.Tensor:
+        # Private, and all of the original (lm-eval 0.4.13) that the settings of `Evaluation.score` need.
+        if not settings["do_sample"]:
+            del settings["temperature"]  # 0, which `generate` warns of
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        eos = self.eot_token_id if base.generation_config.eos_token_id is None else base.generation_config.eos_token_id
+        texts = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], len(context))
+        with LiveRows(base, [EosTokenCriteria(eos), StopTexts(texts)]) as live:
+            return self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=StoppingCriteriaList([live]),
+                eos_token_id=eos,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **settings,
+            )
+
+
 class Evaluation:
     """A base in the harness, perhaps with an adapter, and the tasks that were loaded for it.
 
@@ -99,7 +147,7 @@ class Evaluation:
         self.manager = TaskManager(
             include_path=str(TASKS), include_defaults=False, metadata={"data_dir": args.data_dir}
         )
-        self.harness = HFLM(
+        self.harness = Harness(
             pretrained=args.base,
             peft=args.adapter,
             tokenizer=self.tokenizer,

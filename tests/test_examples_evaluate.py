@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, EXAMPLES, Pair, load_example, needs_data
+from conftest import DATA, EXAMPLES, QUESTIONS, Pair, load_example, needs_data
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_data import write_data
 
@@ -19,6 +19,8 @@ from softcot_peft import with_thought_tokens
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("scipy")
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 
 def load_script() -> ModuleType:
@@ -234,3 +236,29 @@ def test_one_question_has_no_other(pair: Pair, data: Path, adapter: Path, tmp_pa
 def test_every_task_runs_on_its_real_data(pair: Pair, tmp_path: Path) -> None:
     results = run(pair, DATA, tmp_path, "--limit", "2")
     assert [len(score["right"]["first"]) for score in results["scores"]] == [2] * len(evaluate.TASKS)
+
+
+@pytest.mark.parametrize(("until", "eos"), [([], range(1, 330, 12)), (["a", "th"], 1)], ids=["EOS", "stop texts"])
+def test_batches_get_smaller_and_the_texts_stay_the_same(pair: Pair, until: list[str], eos: Any) -> None:
+    prompts = [*QUESTIONS, "Nine?", "And ten?"]
+    options = {"until": until, "max_gen_toks": 40, "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, options), index) for index, prompt in enumerate(prompts)]
+    model = pair.model()
+    base = model.get_base_model()
+    base.generation_config.eos_token_id = eos if isinstance(eos, int) else list(eos)
+    texts, runs = {}, {}
+    for kind in (HFLM, load_example("harness").Harness):
+        rows = runs[kind] = []
+        count = base.model.layers[0].register_forward_pre_hook(
+            lambda module, args, rows=rows: rows.append(len(args[0]))
+        )
+        harness = kind(pretrained=model, tokenizer=pair.tokenizer, batch_size=len(prompts))
+        texts[kind] = harness.generate_until(requests, disable_tqdm=True)
+        count.remove()
+    (all_texts, live_texts), (all_rows, live_rows) = texts.values(), runs.values()
+    assert live_texts == all_texts
+    assert len(set(all_texts)) == len(prompts)
+    assert set(all_rows) == {len(prompts)}
+    assert live_rows == sorted(live_rows, reverse=True)
+    assert len(set(live_rows)) > 2
+    assert len(live_rows) <= len(all_rows)
