@@ -12,12 +12,20 @@ from statistics import median
 from typing import Any
 
 import torch
+from live_rows import LiveRows
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import timer
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of, twin
+from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of
 from .rivals import assistant_states
 
 # Lengths of every 116th problem of GSM8K's training file and of its solution, without the calculator's notes: words,
@@ -96,9 +104,9 @@ def disabled(pair: Pair, num: int) -> nn.Module:
     return model
 
 
-def bare(pair: Pair, num: int) -> Ask:
+def bare(pair: Pair, base: PreTrainedModel, num: int) -> Ask:
     """SoftCoT's `generate` by the bare operations: the assistant's backbone, then the base's own `generate`."""
-    base, projection = twin(pair.base), projection_of(attach(pair, num))
+    projection = projection_of(attach(pair, num))
 
     @torch.no_grad()
     def ask(ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
@@ -126,7 +134,13 @@ def answer(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.devi
     )
 
 
-def evaluate(ask: Ask, questions: Sequence[tuple[Tensor, int]], at_once: int, device: torch.device) -> list[Tensor]:
+def evaluate(
+    ask: Ask,
+    questions: Sequence[tuple[Tensor, int]],
+    at_once: int,
+    device: torch.device,
+    base: PreTrainedModel | None = None,
+) -> list[Tensor]:
     """Answers to all questions in batches, those of like length together.
 
     Args:
@@ -134,8 +148,17 @@ def evaluate(ask: Ask, questions: Sequence[tuple[Tensor, int]], at_once: int, de
         questions: Prompts, and how long their answers are.
         at_once: Rows of a batch.
         device: Where the models are.
+        base: The model in which rows that have ended are not run any more, as `examples/evaluate.py` has it; `None`:
+            all rows run until the longest answer has ended.
     """
-    return [answer(ask, batch, device) for batch in batches(questions, at_once)]
+    answers = []
+    for batch in batches(questions, at_once):
+        if base is None:
+            answers.append(answer(ask, batch, device))
+            continue
+        with LiveRows(base, [EosTokenCriteria(EOS)]) as live:
+            answers.append(answer(ask, batch, device, stopping_criteria=StoppingCriteriaList([live])))
+    return answers
 
 
 def batches(questions: Sequence[tuple[Tensor, int]], at_once: int) -> list[list[tuple[Tensor, int]]]:
@@ -145,7 +168,7 @@ def batches(questions: Sequence[tuple[Tensor, int]], at_once: int) -> list[list[
 
 
 def busy(questions: Sequence[tuple[Tensor, int]], at_once: int) -> float:
-    """The share of a batch's steps in which a row still writes; it waits for the longest answer afterwards."""
+    """The share of a batch's steps in which a row still writes."""
     steps = sum(len(batch) * max(length for _, length in batch) for batch in batches(questions, at_once))
     return sum(length for _, length in questions) / steps
 

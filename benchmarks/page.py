@@ -15,7 +15,7 @@ from results.figures import Draw, looks, save
 
 from . import arithmetic
 from .goals import compared, goals, shares
-from .rivals import AGAIN, CACHED, FLOOR, PLAIN, PLAIN_PATH, WHAT
+from .rivals import AGAIN, FLOOR, PLAIN, WHAT
 from .sections import FORMAT
 from .sizes import SIZES
 from .timing import Spread
@@ -121,16 +121,14 @@ def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
             f"ratios to each other are made. Noise of these, the floor against itself: {noise}. The floor's parts: "
             f"{parts}.\n"
         )
-    missing = [name for name in (PLAIN_PATH, CACHED) if name not in cases[0]["seconds"]]
-    if missing:
-        yield f"Not measured, since the package does not offer it yet: {'; '.join(missing)}.\n"
 
 
 def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
     yield (
         f"{found['questions']} prompts as long as GSM8K's questions; batches of {found['at_once']}, prompts of like "
         f"length together. Greedy answers as long as GSM8K's, of at most {found['longest']} tokens, or of "
-        f"{found['each']} tokens each, which are as many in all.\n"
+        f"{found['each']} tokens each, which are as many in all. In batches, rows whose answers have ended are not "
+        "run any more (`examples/live_rows.py`), unless the name says that all are run to the end.\n"
     )
     yield from _times(found["seconds"], "all answers", 1)
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())

@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import timer
 from transformers import DynamicCache
 
-import softcot_peft
 from softcot_peft import compute_thoughts, use_thoughts
 from softcot_peft._compat import CACHE_NAME
 
@@ -47,9 +46,6 @@ WHAT = {
     LORA: "PEFT's, rank 16 in all linear layers",
     BASE: "the base alone: its loss, and the gradient to the embeddings of its input",
 }
-
-# The field of SoftCoTConfig that switches the faster path of training off when it is False; measured where it exists.
-PLAIN_PATH_FIELD = "two_pass_training"
 
 
 def plain_loss(pair: Pair, base: nn.Module, projection: nn.Linear, batch: Batch) -> Tensor:
@@ -162,9 +158,8 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
         LORA: lambda: _called(lora(pair), batch),
         BASE: lambda: _base(pair, batch),
         CACHED: lambda: _called(cached(attach(pair, num), batch), batch),
+        PLAIN_PATH: lambda: _called(attach(pair, num, two_pass_training=False), batch),
     }
-    if PLAIN_PATH_FIELD in softcot_peft.SoftCoTConfig.__dataclass_fields__:
-        makers[PLAIN_PATH] = lambda: _called(attach(pair, num, **{PLAIN_PATH_FIELD: False}), batch)
     return {name: make() for name, make in makers.items() if only is None or name in only}
 
 

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from . import answering, rivals, starting
 from .memory import peak
@@ -15,9 +16,9 @@ from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, t
 from .sizes import Case, Size
 from .timing import interleave, multiplications, own
 
-FORMAT = 2  # of the results; those of another one are measured anew
+FORMAT = 3  # of the results; those of another one are measured anew
 GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
-BATCHED, SINGLE = "in batches", "one at a time"
+BATCHED, SINGLE, WAITING = "in batches", "one at a time", "in batches, all rows to the end"
 EQUAL, UNEQUAL = "answers of one length", "answers as long as GSM8K's"
 BARE, DISABLED, BASE_AGAIN = "base + assistant", "disabled", "base again"
 
@@ -109,17 +110,21 @@ def evaluation(bench: Bench) -> dict[str, Any]:
         rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num),
         rivals.LORA: rivals.lora(bench.pair),
     }
+    bases = {name: model.get_base_model() if isinstance(model, PeftModel) else model for name, model in models.items()}
     asks = {name: answering.called(model) for name, model in models.items()}
-    asks[BARE] = answering.bare(bench.pair, num)
+    bases[BARE] = twin(bench.pair.base)
+    asks[BARE] = answering.bare(bench.pair, bases[BARE], num)
     each = round(sum(length for _, length in questions) / len(questions))
     asked = {UNEQUAL: questions, EQUAL: [(ids, each) for ids, _ in questions]}
-    actions = {
-        f"{name}, {how}, {lengths}": partial(answering.evaluate, ask, asked[lengths], rows, device)
-        for name, ask in asks.items()
-        for lengths in asked
-        for how, rows in ((BATCHED, size.questions_at_once), (SINGLE, 1))
-        if name == rivals.SOFTCOT or (how == BATCHED and lengths == UNEQUAL)
-    }
+
+    def action(name: str, how: str, lengths: str) -> Callable[[], Any]:
+        rows, base = 1 if how == SINGLE else size.questions_at_once, bases[name] if how == BATCHED else None
+        return partial(answering.evaluate, asks[name], asked[lengths], rows, device, base)
+
+    wanted = [(name, BATCHED, UNEQUAL) for name in asks]
+    wanted += [(rivals.SOFTCOT, how, EQUAL) for how in (BATCHED, SINGLE)]
+    wanted += [(rivals.SOFTCOT, how, UNEQUAL) for how in (WAITING, SINGLE)]
+    actions = {", ".join(parts): action(*parts) for parts in wanted}
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
     for ask in asks.values():
         answering.answer(ask, longest, device)  # warms up; a whole round would take long
@@ -143,7 +148,7 @@ def generation(bench: Bench) -> dict[str, Any]:
     model = answering.disabled(bench.pair, num)
     asks = {
         rivals.SOFTCOT: answering.called(attach(bench.pair, num)),
-        BARE: answering.bare(bench.pair, num),
+        BARE: answering.bare(bench.pair, twin(bench.pair.base), num),
         DISABLED: answering.called(model),
         rivals.BASE: answering.called(twin(bench.pair.base)),
         BASE_AGAIN: answering.called(twin(bench.pair.base)),
