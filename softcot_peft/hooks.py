@@ -86,6 +86,7 @@ class ThoughtHooks:
             model.register_forward_hook(self.after_forward, with_kwargs=True),
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
+        self._leads_head = False
         self._replaced = [
             *close(model, layer),
             Replaced(model, "save_pretrained", save_base),
@@ -126,6 +127,16 @@ class ThoughtHooks:
         inside = running is not None and running.model is self.model
         if not inside and not THINKING.get() and self.layer.active_name() is not None:
             refuse_backbone(self.model, backbone)
+
+    @uncompiled
+    def before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Have the head read the rows alone that a training step wants logits of, `(1, T, H_base)`."""
+        running = _PASS.get()
+        rows = None if running is None or running.model is not self.model else running.divided
+        if rows is None or rows.read is None:
+            return None
+        hidden, *rest = args
+        return hidden.flatten(0, 1).index_select(0, rows.read.to(hidden.device))[None], *rest
 
     @uncompiled
     def before_forward(
@@ -238,6 +249,9 @@ class ThoughtHooks:
         """The first or, with the assistant's hidden states, the second pass of a training step."""
         if hidden is None:
             return Pass(self.model, 0)
+        if rows.read is not None and not self._leads_head:  # compilers cut their graphs at hooks: none before
+            self._handles.append(self.two_passes.head.register_forward_pre_hook(self.before_head))
+            self._leads_head = True
         writing = Writing(self.layer, hidden, rows.placement.start - rows.cut, rows.shape)
         return Pass(self.model, 0, rows.placement, writing, divided=rows)
 

@@ -53,6 +53,10 @@ class Rows:
         cut: The placed column in which each row's rest begins, `(B,)`; at its thoughts or before.
         placement: Where the thoughts stand in the caller's columns.
         length: The caller's columns L.
+        used: The columns of the rest that predict a token of their row, `(B, W)`, or of those W' of them that have
+            logits; `None`: all of them.
+        read: Of the hidden states that the base hands to its head, as `(B * W', H_base)`, those that the head reads,
+            `(T,)`; `None`: all of them.
     """
 
     prompt: dict[str, Tensor]
@@ -62,6 +66,8 @@ class Rows:
     cut: Tensor
     placement: Placement
     length: int
+    used: Tensor | None
+    read: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -133,8 +139,12 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
             where = positions(seen)
             prompt["position_ids"], rest["position_ids"] = where.tensor_split([prompt_ids.shape[1]], 1)
             whole["position_ids"] = positions(attended)[:, :latest]
-    rest_labels = rest_labels.masked_fill(beyond, IGNORED)
-    return Rows(prompt, rest, rest_labels, whole, here.start, placement, length)
+    rest_labels, used = rest_labels.masked_fill(beyond, IGNORED), None
+    if placement.padded or placement.column is None:
+        wanted = ((rest_mask != 0) & ~beyond) | (rest_labels != IGNORED)
+        own = torch.arange(width, device=ids.device) + here.start[:, None] - start[:, None]
+        used = wanted.flip(1).cummax(1).values.flip(1) & (own >= max(num - 1, 0))
+    return Rows(prompt, rest, rest_labels, whole, here.start, placement, length, used)
 
 
 class TwoPasses:
@@ -153,7 +163,10 @@ class TwoPasses:
         self._names = names
         self._takes_positions = takes_positions
         self._run = run
-        self._agrees: dict[bool | None, bool] = {}  # by whether rows of unequal prompts were moved; None: equal ones
+        self.head = model.get_output_embeddings()
+        # Whether the head can be given some rows alone, or None where two passes are not as one; by whether rows of
+        # unequal prompts were moved, None: equal ones.
+        self._found: dict[bool | None, bool | None] = {}
         self._said: set[str] = set()
 
     def begin(
@@ -181,10 +194,10 @@ class TwoPasses:
         """
         obstacle = self._obstacle(inputs, placement, trained)
         if obstacle is None:
-            if self._tried(inputs, placement, hidden, filler, in_one_pass):
+            picks = self._tried(inputs, placement, hidden, filler, in_one_pass)
+            if picks is not None:
                 rows = divide(inputs, placement, filler, self._takes_positions)
-                self._second(inputs, rows, self._read_prompts(rows))
-                return rows
+                return self._second(inputs, rows, self._read_prompts(rows), picks)
             obstacle = "its logits after a cached prompt are not those of whole rows"
         if obstacle not in self._said:
             self._said.add(obstacle)
@@ -222,36 +235,51 @@ class TwoPasses:
 
     def _tried(
         self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, in_one_pass: InOnePass
-    ) -> bool:
-        """Whether a step in two passes is what it is in one.
+    ) -> bool | None:
+        """Whether the head of the second pass can be given some rows alone; `None`: two passes are not as one.
 
         Attention with a cache reads a row in pieces as it reads it whole. A model that goes on from a recurrent state
         with one token at a time, or counts positions by column, does not, and nothing in a config tells. So it is
         tried once, on the rows with the shortest and the longest prompt, and once more for each way of dividing
-        prompts that differ in length. Rounding is allowed for; other differences are as large as the logits are.
+        prompts that differ in length. A base that does not call its head with what it has computed for each column,
+        or looks at the logits' columns in its loss, is found out in the same way, and gives the head all rows.
+        Rounding is allowed for; other differences are as large as the logits are.
         """
         way = None
         if placement.padded or placement.column is None:
             way = moves(placement, inputs["input_ids"].shape[1])
-        if way not in self._agrees:
+        if way not in self._found:
             pick = torch.stack([placement.start.argmin(), placement.start.argmax()])
             few = {name: inputs[name][pick] for name in _DIVIDED if inputs.get(name) is not None}
             with torch.no_grad(), _evaluating(self.model):
-                self._agrees[way] = self._agree(few, placement.select(pick), hidden[pick], filler, in_one_pass)
-        return self._agrees[way]
+                here = placement.select(pick)
+                agrees = (
+                    picks
+                    for picks in ((False,) if way is None else (True, False))
+                    if self._agree(few, here, hidden[pick], filler, in_one_pass, picks)
+                )
+                self._found[way] = next(agrees, None)
+        return self._found[way]
 
     def _agree(
-        self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, in_one_pass: InOnePass
+        self,
+        inputs: dict[str, Any],
+        placement: Placement,
+        hidden: Tensor,
+        filler: int,
+        in_one_pass: InOnePass,
+        picks: bool,
     ) -> bool:
         rows, two = divide(inputs, placement, filler, self._takes_positions), {**inputs, "return_dict": True}
         try:
             cache = self._read_prompts(rows)
             if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
                 return False
-            self._second(two, rows, cache)
+            rows = self._second(two, rows, cache, picks)
             found = self.end(self._run(two, rows, hidden), rows)
         except Exception as error:  # models fail in their own ways where they were never run so
-            _LOGGER.info("%s cannot go on from a cached prompt: %s", type(self.model).__name__, error)
+            what = "give its head some rows alone" if picks else "go on from a cached prompt"
+            _LOGGER.info("%s cannot %s: %s", type(self.model).__name__, what, error)
             return False
         expected = in_one_pass({**inputs, "return_dict": True}, placement, hidden)
         attended = slice(None) if placement.attention_mask is None else placement.attention_mask.bool()
@@ -272,18 +300,34 @@ class TwoPasses:
             inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=rows.cut.device)
         return find_cache(self._run(inputs, rows, None))
 
-    def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any) -> None:
-        """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees."""
-        labels = rows.labels
+    def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any, picks: bool) -> Rows:
+        """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees.
+
+        Args:
+            inputs: Those of the step; changed in place.
+            rows: What they are divided into.
+            cache: It holds the prompts.
+            picks: Whether the head is given rows alone that are no padding, one after the other.
+
+        Returns:
+            The rows, which say what the head reads.
+        """
+        labels, used = rows.labels, rows.used if picks else None
         common = (*self._names, *PER_TOKEN_OUTPUTS, "return_dict", "num_items_in_batch")
+        # A head of a trainer's own in the forward (TRL's) may not know the argument, and is not ours to lead.
         known = all(name in common for name, value in inputs.items() if value is not None)
         if rows.skipped and known and "logits_to_keep" in self._names:
-            # A head of a trainer's own in the forward (TRL's) may not know the argument.
             # Columns by name: a slice of several rows is no matrix, and would be multiplied row by row.
             inputs["logits_to_keep"] = torch.arange(rows.skipped, labels.shape[1], device=labels.device)
             labels = labels[:, rows.skipped :].contiguous()
+            used = used if used is None else used[:, rows.skipped :]
+        if used is not None and known and self.model.get_output_embeddings() is self.head:
+            rows = replace(rows, used=used, read=used.flatten().nonzero()[:, 0])
+            labels = labels.masked_fill(used.cumsum(1) == 1, IGNORED)  # what is read before is of another row
+            labels = labels.flatten()[rows.read][None]
         inputs.pop("attention_mask", None)
         inputs.update(rows.rest, labels=labels, use_cache=True, **{CACHE_NAME: cache})
+        return rows
 
     def end(self, output: Any, rows: Rows) -> Any:
         """Put the outputs of the second pass in line with the caller's tokens.
@@ -307,9 +351,14 @@ class TwoPasses:
         return type(output)(**fields)
 
     def _whole_logits(self, rows: Rows, logits: Tensor) -> Tensor:
-        """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`."""
+        """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`.
+
+        Where the head read some rows alone, from `(1, T, V)`; the logits of padding are those of another token.
+        """
         with torch.no_grad():
             read = self._run({**rows.whole_prompts, "use_cache": False, "return_dict": True}, rows, None).logits
+        if rows.read is not None and rows.used is not None:
+            logits = logits[0][rows.used.flatten().cumsum(0).view_as(rows.used) - 1]
         index, late = rows.in_rest(rows.length)
         index = (index - (rows.shape[1] - logits.shape[1])).clamp(max=logits.shape[1] - 1) + read.shape[1]
         columns = torch.arange(rows.length, device=index.device)

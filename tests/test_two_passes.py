@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from conftest import Pair, make_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softcot_peft._compat import CACHE_NAME, rotary_switch
 from softcot_peft.late_logits import LateLogits
@@ -139,6 +141,80 @@ def test_rows_are_cut_where_it_is_less_work(
     assert columns_run == list(min(cut, together, key=lambda widths: widths[0] + 4 * widths[1]))
     if side == "right":
         assert columns_run == list(cut if moved else together)
+
+
+@contextmanager
+def head_rows(model: PeftModel) -> Iterator[list[tuple[int, int]]]:
+    """Shape of what the head reads, without the width."""
+    seen: list[tuple[int, int]] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(tuple(args[0].shape[:2]))
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["prompt's end", "run"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_head_reads_no_padding(pair: Pair, side: str, run: bool) -> None:
+    model, batch = pair.model(thought_token=THOUGHT).train(), make_batch(pair, side, run)
+    gradients(model, batch)  # the first step is tried both ways
+    with head_rows(model) as seen:
+        gradients(model, batch)
+    mark = len(pair.tokenizer("A:")["input_ids"])
+    before = N + mark if run else 1  # the last thought's row predicts the first token
+    wanted = int((batch["labels"] != -100).sum()) + len(TEXTS) * before
+    assert seen == [(len(TEXTS), 0), (1, wanted)]
+    with head_rows(model) as seen:
+        gradients(model, {name: values[:1] for name, values in make_batch(pair, side, run, (0, 0)).items()})
+    assert seen[-1] == (1, before + int((make_batch(pair, rows=(0,))["labels"] != -100).sum()))
+    base = model.unload()
+    assert not base.lm_head._forward_pre_hooks
+
+
+def test_tokens_that_are_not_attended_within_a_row_are_read_as_in_one_pass(pair: Pair) -> None:
+    model, batch = pair.model(), make_batch(pair)
+    last = int(batch["attention_mask"][0].sum()) - 1
+    batch["attention_mask"][0, last - 1] = 0
+    batch["attention_mask"][2, last] = 0
+    check_same(model, batch)
+
+
+class ByWeight(LlamaForCausalLM):
+    """A base that does not call its head."""
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, labels: Tensor | None = None, logits_to_keep: Any = 0, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = nn.functional.linear(output.last_hidden_state[:, columns], self.lm_head.weight)
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        return CausalLMOutputWithPast(loss, logits, **{CACHE_NAME: output.get(CACHE_NAME)})
+
+
+def test_a_base_that_does_not_call_its_head_reads_padding_too(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "softcot_peft")
+    base = ByWeight(pair.load_base().config)
+    base.load_state_dict(pair.load_base().state_dict())
+    torch.manual_seed(0)
+    model = get_peft_model(base, pair.config(tokenizer_name_or_path=str(pair.base)))
+    check_same(model, make_batch(pair))
+    check_same(model, make_batch(pair, "left"))
+    assert "run in one pass" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_a_head_that_is_wrapped_later_reads_padding_too(pair: Pair) -> None:
+    model, batch = pair.model(), make_batch(pair)
+    check_same(model, batch)
+    base = model.get_base_model()
+    base.lm_head = nn.Sequential(base.lm_head)
+    check_same(model, batch)
+    with head_rows(model) as seen:
+        gradients(model, batch)
+    assert seen[-1][0] == len(TEXTS)
 
 
 def test_logits_are_made_only_where_they_are_read(pair: Pair) -> None:
