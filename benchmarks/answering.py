@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import timer
 from transformers import (
-    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -156,7 +155,7 @@ def evaluate(
         if base is None:
             answers.append(answer(ask, batch, device))
             continue
-        with LiveRows(base, [EosTokenCriteria(EOS)]) as live:
+        with LiveRows(base) as live:
             answers.append(answer(ask, batch, device, stopping_criteria=StoppingCriteriaList([live])))
     return answers
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from blocks import write_block
+from sources import check_source
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -195,6 +196,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.base is None) != (args.assistant is None):
         raise ValueError(f"`--base` and `--assistant` go together, got {args.base!r} and {args.assistant!r}.")
+    if args.base is not None:
+        check_source("--base", args.base)
+        check_source("--assistant", args.assistant)
     return args
 
 

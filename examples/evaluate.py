@@ -25,6 +25,7 @@ from controls import CONTROLS
 from harness import Evaluation, Question
 from results.statistics import share
 from results.store import fingerprint
+from sources import check_source
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,9 @@ def check(args: argparse.Namespace) -> None:
     for name in ("samples", "limit", "inference_thoughts"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
+    for name in ("base", "adapter"):
+        if getattr(args, name):
+            check_source(f"--{name}", getattr(args, name))
     if args.temperature == 0 and (args.samples > 1 or len(args.seeds) > 1):
         raise ValueError(
             f"`--samples {args.samples}` and {len(args.seeds)} seeds need sampling, but `--temperature` is 0. Set it, "

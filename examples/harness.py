@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from controls import average_thoughts, controlled
-from huggingface_hub import file_exists
 from live_rows import LiveRows
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
@@ -26,11 +25,11 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import (
     AutoTokenizer,
-    EosTokenCriteria,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils import cached_file
 
 from softcot_peft import SoftCoTConfig
 
@@ -60,9 +59,12 @@ class Question:
 
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, as its chat template may write thought tokens; else the base's."""
-    name, adapter = "tokenizer_config.json", args.adapter
-    saved = adapter and ((Path(adapter) / name).is_file() if Path(adapter).is_dir() else file_exists(adapter, name))
-    return AutoTokenizer.from_pretrained(adapter if saved else args.base, padding_side="left")
+    source = args.base
+    if args.adapter:
+        with suppress(OSError):  # transformers' for a file that is missing, on the Hub or, offline, in its cache
+            cached_file(args.adapter, "tokenizer_config.json")
+            source = args.adapter
+    return AutoTokenizer.from_pretrained(source, padding_side="left")
 
 
 def load_task(manager: TaskManager, name: str, samples: int) -> ConfigurableTask:
@@ -118,16 +120,14 @@ class Harness(HFLM):
     ) -> torch.Tensor:
         # Private, and all of the original (lm-eval 0.4.13) that the settings of `Evaluation.score` need.
         if not settings["do_sample"]:
-            del settings["temperature"]  # 0, which `generate` warns of
+            settings.pop("temperature", None)  # 0, which `generate` warns of
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        eos = self.eot_token_id if base.generation_config.eos_token_id is None else base.generation_config.eos_token_id
         texts = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], len(context))
-        with LiveRows(base, [EosTokenCriteria(eos), StopTexts(texts)]) as live:
+        with LiveRows(base, [StopTexts(texts)]) as live:
             return self.model.generate(
                 input_ids=context,
                 max_length=max_length,
                 stopping_criteria=StoppingCriteriaList([live]),
-                eos_token_id=eos,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **settings,
             )

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    Cache,
+    DynamicCache,
+    EosTokenCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Asking a GPU which rows have ended waits for it, and its steps take much the same time with fewer rows.
@@ -16,28 +23,35 @@ STEPS_ON_GPU = 16
 
 
 class LiveRows(StoppingCriteria):
-    """Ends rows where other criteria say so, and has the model run the others alone from then on.
+    """Ends rows where the model's EOS or other criteria say so, and has the model run the others alone from then on.
 
-        with LiveRows(model, [EosTokenCriteria(ids)]) as live:
+        with LiveRows(model) as live:
             model.generate(**batch, stopping_criteria=StoppingCriteriaList([live]))
 
-    What is generated stays the same, greedy or sampled, since `generate` writes padding after a row's end. It runs all
-    rows to the end of the longest by itself (transformers 5.23). Here rows that have ended leave the cache, which may
-    take a copy of what is left, as each step takes anyhow. Caches whose rows cannot be picked, such as static ones and
-    states of linear attention, keep all rows.
+    What is generated stays the same, greedy or sampled: `generate` writes padding after a row's end, for which it
+    needs a pad token, and runs all rows to the end of the longest (transformers 5.23). Here, rows that have ended
+    leave the cache; what is left of it is copied, as each step does anyhow. Caches whose rows cannot be picked, such
+    as static ones and states of linear attention, keep all rows.
 
-    Not for beams, which change places, nor for drafts. For one call of `generate`.
+    For one call of `generate`, without beams, which change places, and without drafts.
 
     Args:
         model: The transformers model itself, not PEFT's wrapper of it.
-        criteria: Each tells of each row whether it has ended, `(B,)`; the model's own EOS among them.
+        criteria: Each tells of each row whether it has ended, `(B,)`.
+
+    Raises:
+        ValueError: Rows do not grow by one token at a time, as in drafts or in a second call of `generate`.
     """
 
-    def __init__(self, model: PreTrainedModel, criteria: Sequence[StoppingCriteria]) -> None:
+    eos_token_id = None  # `generate` writes padding after a row's end where a criterion has this attribute (5.23)
+
+    def __init__(self, model: PreTrainedModel, criteria: Sequence[StoppingCriteria] = ()) -> None:
         self.model = model
-        self.criteria = StoppingCriteriaList(criteria)
+        eos = model.generation_config.eos_token_id
+        self.criteria = StoppingCriteriaList([*([] if eos is None else [EosTokenCriteria(eos)]), *criteria])
         self.ended: Tensor | None = None  # (B,)
         self.rows: Tensor | None = None  # of the batch, those that the cache holds; `None`: all
+        self.length: int | None = None  # of the rows when they were last asked for
         self.steps = 0
 
     def __enter__(self) -> LiveRows:
@@ -55,7 +69,13 @@ class LiveRows(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which rows have ended, `(B,)`; `generate` asks after each token."""
-        ended = self.criteria(input_ids, scores, **kwargs)
+        length = input_ids.shape[1]
+        if self.length is not None and length != self.length + 1:
+            raise ValueError(
+                f"`LiveRows` must see rows grow by one token at a time, but they went from {self.length} to {length}. "
+                "Make one for each call of `generate`, without drafts."
+            )
+        self.length, ended = length, self.criteria(input_ids, scores, **kwargs)
         self.ended = ended if self.ended is None else self.ended | ended
         return self.ended
 
@@ -84,7 +104,7 @@ class LiveRows(StoppingCriteria):
         return 1 if self.ended.device.type == "cpu" else STEPS_ON_GPU
 
     def _leave_out(self, cache: Cache) -> None:
-        """Take the rows that have ended out of the cache; of a batch in which all have, one row stays."""
+        """Take the rows that have ended out of the cache, but for the last ones where all have."""
         held = torch.arange(len(self.ended), device=self.ended.device) if self.rows is None else self.rows
         going = (~self.ended[held]).nonzero()[:, 0]  # places in the cache
         if 0 < len(going) < len(held):

@@ -27,7 +27,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
 from controls import controlled
+from live_rows import LiveRows
 from peft import PeftModel, get_peft_model
+from sources import check_source
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +37,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
     PreTrainedModel,
+    StoppingCriteriaList,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -85,7 +88,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--cache-thoughts", action="store_true", help="train on thoughts computed once; 1 to 3 GB in --output-dir")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_source("--base", args.base)
+    check_source("--assistant", args.assistant)
+    return args
 
 
 def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
@@ -217,7 +223,8 @@ def solve(model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts:
     prompts = [{"input_ids": encode_prompt(tokenizer, row["question"], num_thoughts)} for row in rows]
     batch = DataCollatorForSeq2Seq(tokenizer)(prompts).to(model.device)  # padded on the left
     torch.manual_seed(seed)
-    ids = model.eval().generate(**batch)
+    with LiveRows(model.get_base_model()) as live:
+        ids = model.eval().generate(**batch, stopping_criteria=StoppingCriteriaList([live]))
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

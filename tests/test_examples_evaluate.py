@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -220,11 +221,40 @@ def test_no_question_is_left_alone(questions: int, size: int, processes: int, ex
         (["--inference-thoughts", "0"], "`--inference-thoughts` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
         (["--controls", "--adapter", "x", "--batch-size", "1"], "`--batch-size` of at least 2, got 1"),
+        (["--adapter", "./no/such"], "`--adapter` must be a folder or a Hub id .*got './no/such', which is no folder"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate.parse_args(["--base", "x", *options])
+
+
+@pytest.mark.parametrize("script", ["evaluate", "train_gsm8k", "estimate"])
+def test_a_base_that_is_nowhere_is_named(script: str) -> None:
+    module = evaluate if script == "evaluate" else load_example(script)
+    others = [] if script == "evaluate" else ["--assistant", "owner/name"]
+    with pytest.raises(ValueError, match=r"`--base` must be a folder or a Hub id .*got '/no/such', which is no folder"):
+        module.parse_args(["--base", "/no/such", *others])
+    module.parse_args(["--base", "owner/name", *others])
+
+
+def test_the_tokenizer_of_an_adapter_is_found_in_the_cache_without_a_network(
+    pair: Pair, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--somebody--thoughts"
+    (repository / "refs").mkdir(parents=True)
+    commit = "c0ffee".ljust(40, "0")
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    shutil.copytree(adapter, repository / "snapshots" / commit)
+    absent = repository / ".no_exist" / commit / "config.json"  # which the Hub's library notes when it has asked
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    load, chat = load_example("harness").load_tokenizer, [{"role": "user", "content": "Nine?"}]
+    for name, thoughts in (("somebody/thoughts", N), (str(adapter), N), (None, 0), ("somebody/else", 0)):
+        args = evaluate.parse_args(["--base", str(pair.base), *(["--adapter", name] if name else [])])
+        assert load(args).apply_chat_template(chat, tokenize=False).count("<thought>") == thoughts
 
 
 def test_one_question_has_no_other(pair: Pair, data: Path, adapter: Path, tmp_path: Path) -> None:

@@ -92,6 +92,35 @@ def test_tokens_are_those_of_all_rows(pair: Pair, method: Any, settings: dict[st
     assert len({tuple(row) for row in found.tolist()}) == len(found)
 
 
+def test_rows_end_with_the_models_own_eos(pair: Pair) -> None:
+    model, batch = pair.model(), pair.batch(PROMPTS)
+    model.get_base_model().generation_config.eos_token_id = list(range(1, 330, 12))
+    whole = model.generate(**batch, max_new_tokens=40, do_sample=False)
+    with counted(model) as rows, live_rows.LiveRows(base_of(model)) as live:
+        found = model.generate(
+            **batch, max_new_tokens=40, do_sample=False, stopping_criteria=StoppingCriteriaList([live])
+        )
+    assert torch.equal(found, whole)
+    assert len(set(rows)) > 2
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_it_is_for_one_call(pair: Pair) -> None:
+    base, batch = pair.load_base(), pair.batch(PROMPTS)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    with live_rows.LiveRows(base) as live:
+        base.generate(**batch, **options, stopping_criteria=StoppingCriteriaList([live]))
+        with pytest.raises(ValueError, match=r"went from \d+ to \d+. Make one for each call"):
+            base.generate(**batch, **options, stopping_criteria=StoppingCriteriaList([live]))
+
+
+def test_rows_that_others_end_are_padded_without_an_eos(pair: Pair) -> None:
+    base = pair.load_base()
+    base.generation_config.eos_token_id = None
+    new = ask(base, pair, live=True, eos_token_id=None)
+    assert [(row != pair.tokenizer.pad_token_id).sum() for row in new] == ENDS
+
+
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 2], [9], [1, 9]], ids=str)
 def test_rows_may_end_together(pair: Pair, lengths: list[int]) -> None:
     model = pair.model()
