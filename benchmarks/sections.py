@@ -91,7 +91,7 @@ def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
         for value in values:
             case = replace(bench.size.case, **{field: value})
             steps = rivals.steps(bench.pair, bench.batch(case), GROWING)
-            times = bench.time(steps, f"{field} {value}")
+            times = bench.time(steps, f"{field} {value}", repeats=(bench.repeats + 1) // 2)
             memory = {name: peak(step, bench.pair.device) for name, step in steps.items()}
             found[field].append({"at": value, "seconds": times, "peak_bytes": memory})
     return found

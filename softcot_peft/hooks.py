@@ -130,13 +130,10 @@ class ThoughtHooks:
 
     @uncompiled
     def before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Have the head read the rows alone that a training step wants logits of, `(1, T, H_base)`."""
+        """Have the loss of a training step computed in the place of the head."""
         running = _PASS.get()
         rows = None if running is None or running.model is not self.model else running.divided
-        if rows is None or rows.read is None:
-            return None
-        hidden, *rest = args
-        return hidden.flatten(0, 1).index_select(0, rows.read.to(hidden.device))[None], *rest
+        return None if rows is None or rows.head is None else (rows.head.stand_in(args[0]), *args[1:])
 
     @uncompiled
     def before_forward(
@@ -249,7 +246,7 @@ class ThoughtHooks:
         """The first or, with the assistant's hidden states, the second pass of a training step."""
         if hidden is None:
             return Pass(self.model, 0)
-        if rows.read is not None and not self._leads_head:  # compilers cut their graphs at hooks: none before
+        if rows.head is not None and not self._leads_head:  # compilers cut their graphs at hooks: none before
             self._handles.append(self.two_passes.head.register_forward_pre_hook(self.before_head))
             self._leads_head = True
         writing = Writing(self.layer, hidden, rows.placement.start - rows.cut, rows.shape)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ._compat import (
     CACHE_NAME,
@@ -28,6 +29,7 @@ from ._compat import (
     rotary_switch,
 )
 from .columns import insert, take
+from .head_loss import HeadLoss
 from .inputs import PER_TOKEN_OUTPUTS
 from .late_logits import LateLogits
 from .placement import IGNORED, Placement, positions, prompts
@@ -53,10 +55,9 @@ class Rows:
         cut: The placed column in which each row's rest begins, `(B,)`; at its thoughts or before.
         placement: Where the thoughts stand in the caller's columns.
         length: The caller's columns L.
-        used: The columns of the rest that predict a token of their row, `(B, W)`, or of those W' of them that have
-            logits; `None`: all of them.
-        read: Of the hidden states that the base hands to its head, as `(B * W', H_base)`, those that the head reads,
-            `(T,)`; `None`: all of them.
+        predicts: Which columns of the rest, as `(B * W)`, predict a label, `(T,)`.
+        targets: These labels, `(T,)`.
+        head: Computes the loss in the place of the base's head; `None`: the base does.
     """
 
     prompt: dict[str, Tensor]
@@ -66,8 +67,9 @@ class Rows:
     cut: Tensor
     placement: Placement
     length: int
-    used: Tensor | None
-    read: Tensor | None = None
+    predicts: Tensor
+    targets: Tensor
+    head: HeadLoss | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -139,12 +141,10 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
             where = positions(seen)
             prompt["position_ids"], rest["position_ids"] = where.tensor_split([prompt_ids.shape[1]], 1)
             whole["position_ids"] = positions(attended)[:, :latest]
-    rest_labels, used = rest_labels.masked_fill(beyond, IGNORED), None
-    if placement.padded or placement.column is None:
-        wanted = ((rest_mask != 0) & ~beyond) | (rest_labels != IGNORED)
-        own = torch.arange(width, device=ids.device) + here.start[:, None] - start[:, None]
-        used = wanted.flip(1).cummax(1).values.flip(1) & (own >= max(num - 1, 0))
-    return Rows(prompt, rest, rest_labels, whole, here.start, placement, length, used)
+    rest_labels = rest_labels.masked_fill(beyond, IGNORED)
+    targets = nn.functional.pad(rest_labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    predicts = (targets != IGNORED).nonzero()[:, 0]  # here, where an accelerator has little left to do
+    return Rows(prompt, rest, rest_labels, whole, here.start, placement, length, predicts, targets[predicts])
 
 
 class TwoPasses:
@@ -164,8 +164,8 @@ class TwoPasses:
         self._takes_positions = takes_positions
         self._run = run
         self.head = model.get_output_embeddings()
-        # Whether the head can be given some rows alone, or None where two passes are not as one; by whether rows of
-        # unequal prompts were moved, None: equal ones.
+        # Whether the head's place can be taken, or None where two passes are not as one; by whether rows of unequal
+        # prompts were moved, None: equal ones.
         self._found: dict[bool | None, bool | None] = {}
         self._said: set[str] = set()
 
@@ -194,10 +194,10 @@ class TwoPasses:
         """
         obstacle = self._obstacle(inputs, placement, trained)
         if obstacle is None:
-            picks = self._tried(inputs, placement, hidden, filler, in_one_pass)
-            if picks is not None:
+            stands_in = self._tried(inputs, placement, hidden, filler, in_one_pass)
+            if stands_in is not None:
                 rows = divide(inputs, placement, filler, self._takes_positions)
-                return self._second(inputs, rows, self._read_prompts(rows), picks)
+                return self._second(inputs, rows, self._read_prompts(rows), stands_in)
             obstacle = "its logits after a cached prompt are not those of whole rows"
         if obstacle not in self._said:
             self._said.add(obstacle)
@@ -236,14 +236,14 @@ class TwoPasses:
     def _tried(
         self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, in_one_pass: InOnePass
     ) -> bool | None:
-        """Whether the head of the second pass can be given some rows alone; `None`: two passes are not as one.
+        """Whether the place of the head can be taken in the second pass; `None`: two passes are not as one.
 
         Attention with a cache reads a row in pieces as it reads it whole. A model that goes on from a recurrent state
         with one token at a time, or counts positions by column, does not, and nothing in a config tells. So it is
         tried once, on the rows with the shortest and the longest prompt, and once more for each way of dividing
-        prompts that differ in length. A base that does not call its head with what it has computed for each column,
-        or looks at the logits' columns in its loss, is found out in the same way, and gives the head all rows.
-        Rounding is allowed for; other differences are as large as the logits are.
+        prompts that differ in length. A base that does something with its logits, or has a loss of its own, is found
+        out in the same way, and computes both itself. Rounding is allowed for; other differences are as large as the
+        logits are.
         """
         way = None
         if placement.padded or placement.column is None:
@@ -254,9 +254,9 @@ class TwoPasses:
             with torch.no_grad(), _evaluating(self.model):
                 here = placement.select(pick)
                 agrees = (
-                    picks
-                    for picks in ((False,) if way is None else (True, False))
-                    if self._agree(few, here, hidden[pick], filler, in_one_pass, picks)
+                    stands_in
+                    for stands_in in (True, False)
+                    if self._agree(few, here, hidden[pick], filler, in_one_pass, stands_in)
                 )
                 self._found[way] = next(agrees, None)
         return self._found[way]
@@ -268,17 +268,17 @@ class TwoPasses:
         hidden: Tensor,
         filler: int,
         in_one_pass: InOnePass,
-        picks: bool,
+        stands_in: bool,
     ) -> bool:
         rows, two = divide(inputs, placement, filler, self._takes_positions), {**inputs, "return_dict": True}
         try:
             cache = self._read_prompts(rows)
             if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
                 return False
-            rows = self._second(two, rows, cache, picks)
+            rows = self._second(two, rows, cache, stands_in)
             found = self.end(self._run(two, rows, hidden), rows)
         except Exception as error:  # models fail in their own ways where they were never run so
-            what = "give its head some rows alone" if picks else "go on from a cached prompt"
+            what = "do without its head" if stands_in else "go on from a cached prompt"
             _LOGGER.info("%s cannot %s: %s", type(self.model).__name__, what, error)
             return False
         expected = in_one_pass({**inputs, "return_dict": True}, placement, hidden)
@@ -300,34 +300,39 @@ class TwoPasses:
             inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=rows.cut.device)
         return find_cache(self._run(inputs, rows, None))
 
-    def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any, picks: bool) -> Rows:
+    def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any, stands_in: bool) -> Rows:
         """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees.
 
         Args:
             inputs: Those of the step; changed in place.
             rows: What they are divided into.
             cache: It holds the prompts.
-            picks: Whether the head is given rows alone that are no padding, one after the other.
+            stands_in: Whether the place of the head is taken, if it is the base's own.
 
         Returns:
-            The rows, which say what the head reads.
+            The rows, with what stands in for the head.
         """
-        labels, used = rows.labels, rows.used if picks else None
+        labels: Tensor | None = rows.labels
         common = (*self._names, *PER_TOKEN_OUTPUTS, "return_dict", "num_items_in_batch")
-        # A head of a trainer's own in the forward (TRL's) may not know the argument, and is not ours to lead.
+        # A head of a trainer's own in the forward (TRL's) has arguments of its own, and may not know ours.
         known = all(name in common for name, value in inputs.items() if value is not None)
-        if rows.skipped and known and "logits_to_keep" in self._names:
+        if stands_in and known and self._computes_usual_loss():
+            number = inputs.pop("num_items_in_batch", None)
+            vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+            rows = replace(rows, head=HeadLoss(self.head, rows.predicts, rows.targets, number, vocabulary))
+            labels = None
+        elif rows.skipped and known and "logits_to_keep" in self._names:
             # Columns by name: a slice of several rows is no matrix, and would be multiplied row by row.
-            inputs["logits_to_keep"] = torch.arange(rows.skipped, labels.shape[1], device=labels.device)
-            labels = labels[:, rows.skipped :].contiguous()
-            used = used if used is None else used[:, rows.skipped :]
-        if used is not None and known and self.model.get_output_embeddings() is self.head:
-            rows = replace(rows, used=used, read=used.flatten().nonzero()[:, 0])
-            labels = labels.masked_fill(used.cumsum(1) == 1, IGNORED)  # what is read before is of another row
-            labels = labels.flatten()[rows.read][None]
+            inputs["logits_to_keep"] = torch.arange(rows.skipped, rows.shape[1], device=rows.labels.device)
+            labels = rows.labels[:, rows.skipped :].contiguous()
         inputs.pop("attention_mask", None)
         inputs.update(rows.rest, labels=labels, use_cache=True, **{CACHE_NAME: cache})
         return rows
+
+    def _computes_usual_loss(self) -> bool:
+        """Whether head and loss are those that the base came with; a trainer may have put others in their place."""
+        own = self.model.get_output_embeddings() is self.head
+        return own and getattr(self.model, "loss_function", None) is ForCausalLMLoss
 
     def end(self, output: Any, rows: Rows) -> Any:
         """Put the outputs of the second pass in line with the caller's tokens.
@@ -340,6 +345,8 @@ class TwoPasses:
             rows: What `begin` returned.
         """
         fields = {name: value for name, value in output.items() if name not in CACHE_NAMES}
+        if rows.head is not None:
+            fields["loss"] = rows.head.loss
         for name, value in fields.items():
             if name == "logits":
                 shape = (*rows.shape[:1], rows.length, value.shape[2])
@@ -351,14 +358,11 @@ class TwoPasses:
         return type(output)(**fields)
 
     def _whole_logits(self, rows: Rows, logits: Tensor) -> Tensor:
-        """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`.
-
-        Where the head read some rows alone, from `(1, T, V)`; the logits of padding are those of another token.
-        """
+        """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`, if any."""
         with torch.no_grad():
             read = self._run({**rows.whole_prompts, "use_cache": False, "return_dict": True}, rows, None).logits
-        if rows.read is not None and rows.used is not None:
-            logits = logits[0][rows.used.flatten().cumsum(0).view_as(rows.used) - 1]
+        if rows.head is not None:
+            logits = rows.head.logits().to(logits)
         index, late = rows.in_rest(rows.length)
         index = (index - (rows.shape[1] - logits.shape[1])).clamp(max=logits.shape[1] - 1) + read.shape[1]
         columns = torch.arange(rows.length, device=index.device)

@@ -233,7 +233,9 @@ def test_what_cannot_be_meant_is_refused(options: list[str], message: str) -> No
 def test_a_base_that_is_nowhere_is_named(script: str) -> None:
     module = evaluate if script == "evaluate" else load_example(script)
     others = [] if script == "evaluate" else ["--assistant", "owner/name"]
-    with pytest.raises(ValueError, match=r"`--base` must be a folder or a Hub id .*got '/no/such', which is no folder"):
+    with pytest.raises(
+        ValueError, match=r"`--base` must be a folder or a Hub id .*got '/no/such', which is no folder"
+    ):
         module.parse_args(["--base", "/no/such", *others])
     module.parse_args(["--base", "owner/name", *others])
 

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softcot_peft._compat import CACHE_NAME, rotary_switch
@@ -158,20 +159,51 @@ def head_rows(model: PeftModel) -> Iterator[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("run", [False, True], ids=["prompt's end", "run"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_head_reads_no_padding(pair: Pair, side: str, run: bool) -> None:
-    model, batch = pair.model(thought_token=THOUGHT).train(), make_batch(pair, side, run)
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1, 2)], ids=["equal rows", "ragged rows"])
+def test_the_head_reads_what_predicts_a_label(pair: Pair, rows: tuple[int, ...], side: str, run: bool) -> None:
+    model, batch = pair.model(thought_token=THOUGHT).train(), make_batch(pair, side, run, rows)
+    batch["labels"][0, (batch["labels"][0] != -100).int().argmax() + 1] = -100  # within a response
     gradients(model, batch)  # the first step is tried both ways
     with head_rows(model) as seen:
         gradients(model, batch)
-    mark = len(pair.tokenizer("A:")["input_ids"])
-    before = N + mark if run else 1  # the last thought's row predicts the first token
-    wanted = int((batch["labels"] != -100).sum()) + len(TEXTS) * before
-    assert seen == [(len(TEXTS), 0), (1, wanted)]
-    with head_rows(model) as seen:
-        gradients(model, {name: values[:1] for name, values in make_batch(pair, side, run, (0, 0)).items()})
-    assert seen[-1] == (1, before + int((make_batch(pair, rows=(0,))["labels"] != -100).sum()))
-    base = model.unload()
-    assert not base.lm_head._forward_pre_hooks
+    assert seen == [(len(rows), 0), (1, int((batch["labels"] != -100).sum())), (len(rows), 0)]
+    assert not model.unload().lm_head._forward_pre_hooks
+
+
+def test_the_loss_of_an_accumulated_batch_is_divided_as_trainer_says(pair: Pair) -> None:
+    model, losses = pair.model().train(), []
+    for number in (None, 7, torch.tensor(7)):
+        output = model(**make_batch(pair), num_items_in_batch=number)
+        assert isinstance(output.logits, LateLogits)
+        losses.append(output.loss)
+    assert losses[1] == losses[2]
+    torch.testing.assert_close(losses[1] * 7, losses[0] * (make_batch(pair)["labels"] != -100).sum())
+
+
+def test_a_loss_of_the_trainers_own_is_computed_by_the_base(pair: Pair) -> None:
+    model, batch = pair.model().train(), make_batch(pair)
+    usual = gradients(model, batch)[0].loss
+    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **kwargs: (
+        2 * ForCausalLMLoss(logits, labels, vocab_size)
+    )
+    output = gradients(model, batch)[0]
+    assert isinstance(output.logits, LateLogits)
+    torch.testing.assert_close(output.loss, 2 * usual)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "cohere"])
+def test_a_base_that_does_more_with_its_logits_calls_its_own_head(model_type: str) -> None:
+    assistant, base = make_family_assistant(), build(model_type)
+    plain = copy.deepcopy(base)
+    model = attach(base)
+    judge = make_judge(model, plain, assistant)
+    base.training = True
+    assert isinstance(model(**labelled([0, 1], judge)).logits, LateLogits)
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    model(**labelled([0, 1], judge))
+    assert rows[0] == 0
+    assert rows[1] > 0
 
 
 def test_tokens_that_are_not_attended_within_a_row_are_read_as_in_one_pass(pair: Pair) -> None:
@@ -194,7 +226,7 @@ class ByWeight(LlamaForCausalLM):
         return CausalLMOutputWithPast(loss, logits, **{CACHE_NAME: output.get(CACHE_NAME)})
 
 
-def test_a_base_that_does_not_call_its_head_reads_padding_too(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_base_that_does_not_call_its_head(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "softcot_peft")
     base = ByWeight(pair.load_base().config)
     base.load_state_dict(pair.load_base().state_dict())
@@ -205,8 +237,7 @@ def test_a_base_that_does_not_call_its_head_reads_padding_too(pair: Pair, caplog
     assert "run in one pass" not in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
-def test_a_head_that_is_wrapped_later_reads_padding_too(pair: Pair) -> None:
+def test_a_head_that_is_wrapped_later_is_called(pair: Pair) -> None:
     model, batch = pair.model(), make_batch(pair)
     check_same(model, batch)
     base = model.get_base_model()
@@ -214,7 +245,7 @@ def test_a_head_that_is_wrapped_later_reads_padding_too(pair: Pair) -> None:
     check_same(model, batch)
     with head_rows(model) as seen:
         gradients(model, batch)
-    assert seen[-1][0] == len(TEXTS)
+    assert seen[-1][1] > 0
 
 
 def test_logits_are_made_only_where_they_are_read(pair: Pair) -> None:
