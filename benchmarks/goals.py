@@ -86,7 +86,8 @@ def _training(cases: list[dict[str, Any]]) -> Iterator[Goal]:
             f"training step / floor; {text}",
             1.08,
             compared(case, SOFTCOT, FLOOR),
-            f"what it does beyond the bare operations, {over:+.0%} of their time; those are: {parts}",
+            f"{over:+.0%} of the time of the bare operations, which keep the logits that it does not; theirs is: "
+            f"{parts}",
         )
         yield Goal(
             f"training step, cached thoughts / floor without assistant; {text}",
