@@ -6,6 +6,7 @@ Weights are random, so that the models say nothing; a logits processor ends each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from math import inf
 from statistics import median
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from live_rows import LiveRows
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import timer
@@ -138,7 +140,7 @@ def evaluate(
     questions: Sequence[tuple[Tensor, int]],
     at_once: int,
     device: torch.device,
-    base: PreTrainedModel | None = None,
+    model: PreTrainedModel | PeftModel | None = None,
 ) -> list[Tensor]:
     """Answers to all questions in batches, those of like length together.
 
@@ -147,16 +149,14 @@ def evaluate(
         questions: Prompts, and how long their answers are.
         at_once: Rows of a batch.
         device: Where the models are.
-        base: The model in which rows that have ended are not run any more, as `examples/evaluate.py` has it; `None`:
+        model: The model in which rows that have ended are not run any more, as `examples/evaluate.py` has it; `None`:
             all rows run until the longest answer has ended.
     """
     answers = []
     for batch in batches(questions, at_once):
-        if base is None:
-            answers.append(answer(ask, batch, device))
-            continue
-        with LiveRows(base) as live:
-            answers.append(answer(ask, batch, device, stopping_criteria=StoppingCriteriaList([live])))
+        with nullcontext() if model is None else LiveRows(model) as live:
+            criteria = None if live is None else StoppingCriteriaList([live])
+            answers.append(answer(ask, batch, device, stopping_criteria=criteria))
     return answers
 
 

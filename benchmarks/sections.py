@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from . import answering, rivals, starting
 from .memory import peak
@@ -110,16 +109,15 @@ def evaluation(bench: Bench) -> dict[str, Any]:
         rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num),
         rivals.LORA: rivals.lora(bench.pair),
     }
-    bases = {name: model.get_base_model() if isinstance(model, PeftModel) else model for name, model in models.items()}
     asks = {name: answering.called(model) for name, model in models.items()}
-    bases[BARE] = twin(bench.pair.base)
-    asks[BARE] = answering.bare(bench.pair, bases[BARE], num)
+    models[BARE] = twin(bench.pair.base)
+    asks[BARE] = answering.bare(bench.pair, models[BARE], num)
     each = round(sum(length for _, length in questions) / len(questions))
     asked = {UNEQUAL: questions, EQUAL: [(ids, each) for ids, _ in questions]}
 
     def action(name: str, how: str, lengths: str) -> Callable[[], Any]:
-        rows, base = 1 if how == SINGLE else size.questions_at_once, bases[name] if how == BATCHED else None
-        return partial(answering.evaluate, asks[name], asked[lengths], rows, device, base)
+        rows, live = 1 if how == SINGLE else size.questions_at_once, models[name] if how == BATCHED else None
+        return partial(answering.evaluate, asks[name], asked[lengths], rows, device, live)
 
     wanted = [(name, BATCHED, UNEQUAL) for name in asks]
     wanted += [(rivals.SOFTCOT, how, EQUAL) for how in (BATCHED, SINGLE)]

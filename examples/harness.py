@@ -22,7 +22,6 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.tasks import TaskManager
-from peft import PeftModel
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -121,9 +120,8 @@ class Harness(HFLM):
         # Private, and all of the original (lm-eval 0.4.13) that the settings of `Evaluation.score` need.
         if not settings["do_sample"]:
             settings.pop("temperature", None)  # 0, which `generate` warns of
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         texts = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], len(context))
-        with LiveRows(base, [StopTexts(texts)]) as live:
+        with LiveRows(self.model, [StopTexts(texts)]) as live:
             return self.model.generate(
                 input_ids=context,
                 max_length=max_length,

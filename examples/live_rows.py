@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     Cache,
@@ -36,7 +37,7 @@ class LiveRows(StoppingCriteria):
     For one call of `generate`, without beams, which change places, and without drafts.
 
     Args:
-        model: The transformers model itself, not PEFT's wrapper of it.
+        model: What generates; of PEFT's wrapper, the base is led.
         criteria: Each tells of each row whether it has ended, `(B,)`.
 
     Raises:
@@ -45,9 +46,9 @@ class LiveRows(StoppingCriteria):
 
     eos_token_id = None  # `generate` writes padding after a row's end where a criterion has this attribute (5.23)
 
-    def __init__(self, model: PreTrainedModel, criteria: Sequence[StoppingCriteria] = ()) -> None:
-        self.model = model
-        eos = model.generation_config.eos_token_id
+    def __init__(self, model: PreTrainedModel | PeftModel, criteria: Sequence[StoppingCriteria] = ()) -> None:
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        eos = self.model.generation_config.eos_token_id
         self.criteria = StoppingCriteriaList([*([] if eos is None else [EosTokenCriteria(eos)]), *criteria])
         self.ended: Tensor | None = None  # (B,)
         self.rows: Tensor | None = None  # of the batch, those that the cache holds; `None`: all

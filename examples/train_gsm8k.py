@@ -223,7 +223,7 @@ def solve(model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts:
     prompts = [{"input_ids": encode_prompt(tokenizer, row["question"], num_thoughts)} for row in rows]
     batch = DataCollatorForSeq2Seq(tokenizer)(prompts).to(model.device)  # padded on the left
     torch.manual_seed(seed)
-    with LiveRows(model.get_base_model()) as live:
+    with LiveRows(model) as live:
         ids = model.eval().generate(**batch, stopping_criteria=StoppingCriteriaList([live]))
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -67,7 +67,7 @@ def ask(model: nn.Module, pair: Pair, live: bool, lengths: list[int] = ENDS, **s
     after = After(lengths, batch["input_ids"].shape[1])
     torch.manual_seed(0)
     options = {"max_new_tokens": NEW, "do_sample": False} | settings
-    with live_rows.LiveRows(base_of(model), [after]) as criterion:
+    with live_rows.LiveRows(model, [after]) as criterion:
         chosen = StoppingCriteriaList([criterion if live else after])
         found = model.generate(**batch, stopping_criteria=chosen, **options)
     return found[:, batch["input_ids"].shape[1] :]
@@ -96,7 +96,7 @@ def test_rows_end_with_the_models_own_eos(pair: Pair) -> None:
     model, batch = pair.model(), pair.batch(PROMPTS)
     model.get_base_model().generation_config.eos_token_id = list(range(1, 330, 12))
     whole = model.generate(**batch, max_new_tokens=40, do_sample=False)
-    with counted(model) as rows, live_rows.LiveRows(base_of(model)) as live:
+    with counted(model) as rows, live_rows.LiveRows(model) as live:
         found = model.generate(
             **batch, max_new_tokens=40, do_sample=False, stopping_criteria=StoppingCriteriaList([live])
         )

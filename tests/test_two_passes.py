@@ -199,11 +199,10 @@ def test_a_base_that_does_more_with_its_logits_calls_its_own_head(model_type: st
     judge = make_judge(model, plain, assistant)
     base.training = True
     assert isinstance(model(**labelled([0, 1], judge)).logits, LateLogits)
-    rows: list[int] = []
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
-    model(**labelled([0, 1], judge))
-    assert rows[0] == 0
-    assert rows[1] > 0
+    with head_rows(model) as seen:
+        model(**labelled([0, 1], judge))
+    assert seen[0][1] == 0
+    assert seen[1][1] > 0
 
 
 def test_tokens_that_are_not_attended_within_a_row_are_read_as_in_one_pass(pair: Pair) -> None:
