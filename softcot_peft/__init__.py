@@ -4,7 +4,6 @@ from ._register import add_peft_type, register
 
 add_peft_type()  # the config's `peft_type` is this member
 
-from ._saving import install  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .assistant import use_assistant  # noqa: E402
 from .cached import compute_thoughts, use_thoughts  # noqa: E402
@@ -13,7 +12,6 @@ from .config import SoftCoTConfig  # noqa: E402
 from .model import SoftCoTModel  # noqa: E402
 
 register(SoftCoTConfig, SoftCoTModel)
-install()
 
 __all__ = [
     "SoftCoTConfig",

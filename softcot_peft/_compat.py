@@ -172,6 +172,11 @@ def checkpoints(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody has hooked a module's forward (torch 2.6 to 2.13 has no public way to ask)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def ordinary_token(config: PretrainedConfig) -> int:
     """An id that is not padding: beginning or end of sequence, else 0.
 
@@ -216,6 +221,11 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
         return json.dumps([type(tokenizer).__name__, *words]).encode()
     # Truncation and padding, which are the last call's, stand before it (tokenizers 0.23); a parser takes a second.
     return str(backend.to_str()).rpartition('"added_tokens":[')[2].encode()
+
+
+def unwrapped(name: str) -> str:
+    """A module's or weight's name without what `torch.compile` and FSDP1 add to it, which stands in no file."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def is_whole(weight: Tensor) -> bool:

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import CACHE_NAME, argument_names, cache_length, find_cache, takes_positions, uncompiled
-from ._saving import save_base
 from .caches import recall, remember
 from .columns import repeat_rows, restore, restore_keys
 from .doors import Replaced, backbones, close, refuse_backbone
@@ -87,9 +86,9 @@ class ThoughtHooks:
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
         self._leads_head = False
+        self._warned_late = False
         self._replaced = [
             *close(model, layer),
-            Replaced(model, "save_pretrained", save_base),
             Replaced(model, "_load_pretrained_model", loading),
         ]
         if hasattr(model, "generate"):
@@ -215,6 +214,9 @@ class ThoughtHooks:
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
         self._warn_unread(inputs, placement)
+        if placement.late:
+            forward_inputs.drop_early_labels(inputs, placement)
+            self._warn_late()
         hidden = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
         divided = self._in_two_passes(reader, inputs, placement, hidden)
         return divided or self._in_one_pass(reader, inputs, placement, hidden)
@@ -242,9 +244,9 @@ class ThoughtHooks:
         rows = self.two_passes.begin(inputs, placement, hidden, filler, trained, in_one_pass)
         return None if rows is None else self._part_of(rows, hidden)
 
-    def _part_of(self, rows: Rows, hidden: Tensor | None) -> Pass:
+    def _part_of(self, rows: Rows | None, hidden: Tensor | None) -> Pass:
         """The first or, with the assistant's hidden states, the second pass of a training step."""
-        if hidden is None:
+        if rows is None or hidden is None:
             return Pass(self.model, 0)
         if rows.head is not None and not self._leads_head:  # compilers cut their graphs at hooks: none before
             self._handles.append(self.two_passes.head.register_forward_pre_hook(self.before_head))
@@ -252,7 +254,7 @@ class ThoughtHooks:
         writing = Writing(self.layer, hidden, rows.placement.start - rows.cut, rows.shape)
         return Pass(self.model, 0, rows.placement, writing, divided=rows)
 
-    def _run_part(self, inputs: dict[str, Any], rows: Rows, hidden: Tensor | None) -> Any:
+    def _run_part(self, inputs: dict[str, Any], rows: Rows | None, hidden: Tensor | None) -> Any:
         return self._run(inputs, self._part_of(rows, hidden))
 
     def _run(self, inputs: dict[str, Any], running: Pass) -> Any:
@@ -274,6 +276,16 @@ class ThoughtHooks:
                 "are the plain base's. If a response is among the tokens (a loss or log-likelihoods computed outside "
                 "of the model, label smoothing), write a run of `thought_token` before it. If only the next token is "
                 "wanted, pass `logits_to_keep=1`.",
+                stacklevel=2,
+            )
+
+    def _warn_late(self) -> None:
+        if not self._warned_late:
+            self._warned_late = True
+            warnings.warn(
+                "Labels before the runs of `thought_token` (earlier turns of a conversation) are left out of the loss "
+                "from here on, since no thoughts stand before them. To train on every turn, make one row of each with "
+                "`softcot_peft.split_conversations`.",
                 stacklevel=2,
             )
 

@@ -195,6 +195,15 @@ def place(
     return kept
 
 
+def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:
+    """Leave labels before the thoughts out of the loss: the tokens there are not predicted with them."""
+    for name, first in (("labels", 0), ("shift_labels", 1)):  # the last thought's row predicts the first label
+        if isinstance(inputs.get(name), Tensor):
+            columns = torch.arange(first, inputs[name].shape[1] + first, device=inputs[name].device)
+            early = columns < placement.start.to(columns.device)[:, None]
+            inputs[name] = inputs[name].masked_fill(early, IGNORED)
+
+
 def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_positions: bool) -> None:
     """Move mask and positions of the next tokens up, after a cache that holds the thoughts.
 

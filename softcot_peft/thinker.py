@@ -39,18 +39,19 @@ class Thinker:
         Args:
             inputs: The forward's arguments, unpadded or padded on either side.
             reader: The active adapter's.
-            num_thoughts: N where the prompts hold no run of thought tokens; `None`: by the model's mode.
+            num_thoughts: N where the prompts hold no run of thought tokens; `None`: the config's for texts that are
+                scored, which have labels, or its other one for texts that are to be continued.
 
         Raises:
             ValueError: The batch cannot carry thoughts, or is too long for the base with them.
         """
         config = reader.config
-        num = num_thoughts or config.num_thought_tokens
-        if num_thoughts is None and not self.model.training and config.inference_num_thought_tokens is not None:
-            num = config.inference_num_thought_tokens
         reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
         if labels is None and inputs.get("shift_labels") is not None:
             labels = unshift(inputs["shift_labels"])
+        # Not by `model.training`: a text's log-probabilities are the same in training and evaluation.
+        written = None if labels is not None else config.inference_num_thought_tokens
+        num = num_thoughts or written or config.num_thought_tokens
         if inputs.get("input_ids") is None and mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
         width = self.layer.base_hidden_size
