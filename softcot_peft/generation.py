@@ -146,7 +146,10 @@ def _start(
     hidden = thinker.think(ids if ids is None else ids[distinct], few, reader, **own)
     if placement.padded and (mask[:, -1] == 0).any():
         for name, value in inputs.items():
-            if name != "attention_mask" and isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+            if name == "position_ids" and isinstance(value, Tensor):  # may have more axes before, and one row for all
+                by_row = value.expand(*value.shape[:-2], *mask.shape).movedim((-2, -1), (0, 1))
+                inputs[name] = align_left(by_row, mask).movedim((0, 1), (-2, -1))
+            elif name != "attention_mask" and isinstance(value, Tensor) and value.shape[:2] == mask.shape:
                 inputs[name] = align_left(value, mask)
         start = placement.start + trailing(mask)
         inputs["attention_mask"] = align_left(mask, mask)

@@ -168,7 +168,8 @@ class Axes(LlamaForCausalLM):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        return inputs | {"position_ids": inputs["position_ids"].expand(3, *inputs["position_ids"].shape)}
+        positions = inputs["position_ids"]
+        return inputs | {"position_ids": positions.expand(3, *positions.shape) if positions.dim() == 2 else positions}
 
 
 HINTS: dict[str, Any] = {
@@ -212,6 +213,28 @@ def test_positions_with_as_many_axes_as_there_are_rows(pair: Pair, model: PeftMo
     batch = {name: value.repeat_interleave(3 // rows, 0) for name, value in pair.batch(QUESTIONS[:rows]).items()}
     for options in ({}, {"num_beams": 3}):
         assert answered(axes, batch, **options) == answered(model, batch, **options)
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
+def test_right_padded_prompts_keep_their_arguments_by_token(pair: Pair, tmp_path: Path, name: str) -> None:
+    model = made(pair, tmp_path, CONFIGS["gpt2"](len(pair.tokenizer)))
+    texts = [text[:30] for text in QUESTIONS]
+    found = []
+    for side in ("left", "right"):
+        batch = pair.batch(texts, side)
+        mask = batch["attention_mask"]
+        values = (mask.cumsum(1) - 1).clamp(min=0) + 3
+        found.append(answered(model, {**batch, name: values * mask}))
+    assert found[0] == found[1]
+    assert found[0] != answered(model, batch)
+
+
+def test_right_padded_prompts_keep_positions_with_axes(pair: Pair, model: PeftModel) -> None:
+    torch.manual_seed(0)
+    axes = get_peft_model(Axes.from_pretrained(pair.base).eval(), pair.config()).eval()
+    batch = pair.batch(QUESTIONS, "right")
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert answered(axes, batch | {"position_ids": positions.expand(3, -1, -1)}) == answered(model, batch)
 
 
 # Room for N more positions
