@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations import deepspeed
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -361,6 +361,18 @@ def is_dynamic(cache: Any) -> bool:
     layers = getattr(cache, "layers", [])
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in layers)
+
+
+def fixed_length(cache: Any, config: PretrainedConfig) -> int | None:
+    """How many tokens a cache of fixed size has room for; `None` where it grows.
+
+    A sliding window drops what leaves it, unless the cache is smaller than the window (transformers 5.23).
+    """
+    text_config = config.get_text_config(decoder=True)
+    windows = [getattr(text_config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    static = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, StaticLayer)]
+    full = [layer.max_cache_len for layer in static if not layer.is_sliding or layer.max_cache_len < max(windows)]
+    return min(full, default=None)
 
 
 def counts_tokens(cache: Any) -> bool:

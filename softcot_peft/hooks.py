@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import CACHE_NAME, argument_names, cache_length, find_cache, takes_positions, uncompiled
-from .caches import recall, remember
+from .caches import check_room, recall, remember
 from .columns import repeat_rows, restore, restore_keys
 from .doors import Replaced, backbones, close, refuse_backbone
 from .generation import RUNNING, Generation, generate, prepare_cache
@@ -144,7 +144,7 @@ class ThoughtHooks:
         cache, generation = find_cache(inputs), RUNNING.get()
         if reader is None:
             if cache is not None:
-                recall(cache, None)
+                recall(cache, None, inputs)
             if not any(name in kwargs for name in forward_inputs.OWN_NAMES):
                 return None
             forward_inputs.pop_own(kwargs)
@@ -152,7 +152,7 @@ class ThoughtHooks:
         if generation is not None and generation.model is model:
             running = self._generation_pass(generation, inputs, reader, cache)
         elif cache_length(cache) > 0:
-            placement = recall(cache, self.layer.active_name())
+            placement = recall(cache, self.layer.active_name(), inputs)
             self._refuse_late_run(inputs, reader)
             running = self._next_tokens(inputs, placement, cache)
         else:
@@ -182,7 +182,7 @@ class ThoughtHooks:
         if running.places and (generation is None or generation.model is not model):
             cache = find_cache(output)
             if cache is not None and not isinstance(cache, (Tensor, tuple, list)):
-                remember(cache, placement, str(self.layer.active_name()))
+                remember(cache, placement, str(self.layer.active_name()), running.length)
         return self._in_line(output, running, placement)
 
     def _in_line(self, output: Any, running: Pass, placement: Placement) -> Any:
@@ -213,6 +213,8 @@ class ThoughtHooks:
         own = forward_inputs.pop_own(inputs)
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
+        length = forward_inputs.tokens(inputs).shape[1]
+        check_room(self.model, find_cache(inputs), inputs, length, placement.num_inserted)
         self._warn_unread(inputs, placement)
         if placement.late:
             forward_inputs.drop_early_labels(inputs, placement)
@@ -296,6 +298,8 @@ class ThoughtHooks:
         batch, length = forward_inputs.tokens(inputs).shape[:2]
         thoughts = None if inputs.get("inputs_embeds") is None else self.layer.soft_thoughts(hidden)
         kept, last_rows = forward_inputs.place(inputs, placement, thoughts, self.thinker.filler(reader), seen)
+        columns = seen + length + placement.num_inserted
+        check_room(self.model, find_cache(inputs), inputs, columns)
         start, writing = placement.start - seen, None
         if thoughts is None:
             writing = Writing(self.layer, hidden, start, torch.Size((batch, length + placement.num_inserted)))
@@ -344,7 +348,7 @@ class ThoughtHooks:
         if placement is None:
             raise RuntimeError("A pass after the prompt needs the prompt's placement.")
         forward_inputs.pop_own(inputs)
-        batch, length = forward_inputs.tokens(inputs).shape[:2]
-        placement = placement.expand(batch)
+        length = forward_inputs.tokens(inputs).shape[1]
         forward_inputs.move_up(inputs, placement, cache, self.takes_positions)
+        check_room(self.model, cache, inputs, cache_length(cache) + length)
         return Pass(self.model, length, placement)

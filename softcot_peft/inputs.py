@@ -5,6 +5,7 @@ Works on a dict of arguments by name, in place. Knows the names that transformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +44,10 @@ def tokens(inputs: dict[str, Any]) -> Tensor:
         if isinstance(inputs.get(name), Tensor):
             found: Tensor = inputs[name]
             return found
-    raise ValueError("`input_ids` must be given, got none. Pass the tokenized prompts.")
+    raise ValueError(
+        "`input_ids` must be given, got none. Pass the tokenized prompts; an empty text has none in a pipeline, and "
+        "thoughts need a prompt before them."
+    )
 
 
 def check_adapter_names(names: list[str] | None) -> None:
@@ -75,6 +79,11 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
     given = {**inputs, **own}
     for name, kinds in _KINDS.items():
         value = given.get(name)
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` must be a tensor, got {type(value).__name__}. Unpack it: `model(**inputs)` or "
+                "`generate(**inputs)`."
+            )
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}. Pass the tokenizer's.")
         if value is not None and kinds and value.dtype not in kinds:

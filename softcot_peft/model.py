@@ -188,7 +188,9 @@ class SoftCoTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self.model.__dict__.pop(_HOOKS).remove()
+        hooks = self.model.__dict__.pop(_HOOKS, None)
+        if hooks is not None:  # not unloaded before
+            hooks.remove()
         device_map_of(self.model).pop(f"{self._embedding_name}.{_PROJECTION}", None)
         return self.model
 
