@@ -11,6 +11,7 @@ from .chat_template import with_thought_tokens  # noqa: E402
 from .config import SoftCoTConfig  # noqa: E402
 from .conversations import split_conversations  # noqa: E402
 from .model import SoftCoTModel  # noqa: E402
+from .reader import use_tokenizer  # noqa: E402
 
 register(SoftCoTConfig, SoftCoTModel)
 
@@ -22,5 +23,6 @@ __all__ = [
     "split_conversations",
     "use_assistant",
     "use_thoughts",
+    "use_tokenizer",
     "with_thought_tokens",
 ]

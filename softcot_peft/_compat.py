@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -177,18 +178,32 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def ordinary_token(config: PretrainedConfig) -> int:
-    """An id that is not padding: beginning or end of sequence, else 0.
+def ordinary_token(model: PreTrainedModel) -> int:
+    """An id that has an embedding and is not padding: beginning or end of sequence, else 0.
 
-    Configs of some types lack these fields (transformers 5.23).
+    Configs of some types lack these fields, and those of models with a smaller vocabulary keep the ids of the larger
+    one (transformers 5.23).
     """
-    text_config = config.get_text_config(decoder=True)
-    padding = getattr(text_config, "pad_token_id", None)
+    text_config = model.config.get_text_config(decoder=True)
+    padding, most = getattr(text_config, "pad_token_id", None), num_embeddings(model.config, model)
     for name in ("bos_token_id", "eos_token_id"):
         token_id = getattr(text_config, name, None)
-        if isinstance(token_id, int) and token_id != padding:
+        if isinstance(token_id, int) and token_id != padding and 0 <= token_id < most:
             return token_id
     return 0
+
+
+def num_embeddings(config: PretrainedConfig, model: PreTrainedModel | None = None) -> int:
+    """How many ids a model has embeddings for: as its table says, else its config, which a resized one may not match.
+
+    Args:
+        config: Config of the model.
+        model: The model, if it is loaded.
+    """
+    table = None if model is None else model.get_input_embeddings()
+    table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table
+    found = getattr(table, "num_embeddings", None)
+    return int(config.get_text_config(decoder=True).vocab_size if found is None else found)
 
 
 def commit_of(name: str, revision: str | None) -> str | None:

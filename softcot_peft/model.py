@@ -152,7 +152,7 @@ class SoftCoTModel(BaseTuner):
         assistant = find_assistant(name, config.assistant_revision, config.assistant_dtype)
         layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(_plain(target))
         _check_sizes(config, assistant.hidden_size, layer.base_hidden_size)
-        reader = make_reader(config, assistant, self.model.name_or_path)
+        reader = make_reader(config, assistant, self.model.name_or_path, layer.vocabulary)
         layer.update_layer(adapter_name, reader)
         # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
         # has offloaded it, and nothing would bring the adapter back.

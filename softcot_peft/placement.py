@@ -252,7 +252,8 @@ def _explain_ids(name: str, input_ids: Tensor, vocabulary: int | None, shared_vo
         )
     return (
         f"`assistant_shares_tokenizer` feeds the prompt's ids to the assistant, which has {shared_vocabulary}, "
-        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again."
+        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again; if "
+        "they were added in memory, call `use_tokenizer(tokenizer)` before the adapter is attached."
     )
 
 

@@ -66,7 +66,7 @@ class Thinker:
             reader.thought_token_id,
             run_required,
             self.layer.vocabulary,
-            reader.assistant.vocabulary if reader.base_tokenizer is None else None,
+            reader.shared_vocabulary,
         )
         self._check_length(reference, mask, placement)
         return placement
@@ -157,7 +157,9 @@ class Thinker:
                     f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
                     "got 0 there. Pad on the left."
                 )
-            if ((ids < 0) | (ids >= reader.assistant.vocabulary)).any():
+            unknown = (ids < 0) | (ids >= reader.assistant.vocabulary)
+            ids = ids.masked_fill(unknown & (mask == 0), 0)  # the tokenizer's padding may have no embedding
+            if (unknown & (mask != 0)).any():
                 raise ValueError(
                     "`assistant_input_ids` must lie within the assistant's vocabulary, 0 to "
                     f"{reader.assistant.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}. Tokenize with the "
@@ -165,7 +167,7 @@ class Thinker:
                 )
         token = THINKING.set(True)
         try:
-            return reader.assistant.hidden_states(ids, mask, num, device)
+            return reader.assistant.hidden_states(ids, mask, num, device, self.layer)
         finally:
             THINKING.reset(token)
 
@@ -173,7 +175,7 @@ class Thinker:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
         if reader.thought_token_id is not None:
             return reader.thought_token_id
-        return ordinary_token(self.model.config)
+        return ordinary_token(self.model)
 
 
 def unshift(shift_labels: Tensor) -> Tensor:
