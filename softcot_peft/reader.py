@@ -93,7 +93,7 @@ class PromptReader:
         """Refuse ids that a tokenizer has no token for, which would be left out of the text."""
         found = set().union(*rows)
         if not found <= self._known:
-            del self._known  # tokens may have been added since
+            self.__dict__.pop("_known", None)  # tokens may have been added since
         if unknown := sorted(found - self._known):
             raise ValueError(
                 f"`input_ids` must be known to the tokenizer that reads the prompts, {tokenizer.name_or_path!r}, got "
@@ -228,7 +228,7 @@ def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 def _num_end_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens, such as EOS, a tokenizer puts after every text; the thoughts continue the text itself."""
-    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    added = tokenizer("a", padding=False, truncation=False, return_special_tokens_mask=True)["special_tokens_mask"]
     return int(added[::-1].index(0)) if 0 in added else 0
 
 
