@@ -383,9 +383,11 @@ def fixed_length(cache: Any, config: PretrainedConfig) -> int | None:
 
     A sliding window drops what leaves it, unless the cache is smaller than the window (transformers 5.23).
     """
+    static = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, StaticLayer)]
+    if not static:
+        return None
     text_config = config.get_text_config(decoder=True)
     windows = [getattr(text_config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
-    static = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, StaticLayer)]
     full = [layer.max_cache_len for layer in static if not layer.is_sliding or layer.max_cache_len < max(windows)]
     return min(full, default=None)
 

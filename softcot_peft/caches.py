@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -22,27 +22,17 @@ _RECORD = "softcot_record"  # attribute of a cache
 
 @dataclass(frozen=True)
 class Record:
-    """The thoughts in a cache, in numbers that hold for whichever of its rows are picked.
+    """The thoughts in a cache, as far as it is the same whichever rows are picked from it.
 
     Args:
+        placement: Where they stand, without what differs by row.
         adapter: Name of the adapter that made them.
-        num_thoughts: N.
-        inserted: Whether they stand beside the caller's columns.
-        padded: Whether any token of the prompts is not attended.
-        earliest: The smallest column of a row's first thought.
-        latest: The largest.
-        trail: Whether each row's thoughts follow its last attended token.
         length: The caller's columns of the prompts.
         end: How long the cache is at least while it holds all thoughts.
     """
 
+    placement: Placement
     adapter: str
-    num_thoughts: int
-    inserted: bool
-    padded: bool
-    earliest: int
-    latest: int
-    trail: bool
     length: int
     end: int
 
@@ -56,11 +46,9 @@ def remember(cache: Any, placement: Placement, adapter: str, length: int) -> Non
         adapter: Name of the adapter that made them.
         length: The caller's columns.
     """
-    num, earliest, latest = placement.num_thoughts, placement.earliest, placement.latest
-    end = min(cache_length(cache), latest + num)
-    trail = placement.reach == 0
-    record = Record(adapter, num, placement.inserted, placement.padded, earliest, latest, trail, length, end)
-    setattr(cache, _RECORD, record)
+    end = min(cache_length(cache), placement.latest + placement.num_thoughts)
+    any_row = replace(placement, start=torch.empty(0, dtype=torch.long), attention_mask=None)
+    setattr(cache, _RECORD, Record(any_row, adapter, length, end))
 
 
 def forget(cache: Any) -> None:
@@ -108,29 +96,28 @@ def recall(cache: Any, adapter: str | None, inputs: dict[str, Any]) -> Placement
             f"`{CACHE_NAME}` must hold all thoughts, but was cropped to {cache_length(cache)} positions, and the "
             f"thoughts end at {record.end}. A cache counts thoughts too; crop less, or start from an empty cache."
         )
-    start = _starts(record, inputs, cache)
-    return Placement(start, record.num_thoughts, record.inserted, None, record.padded, record.latest, record.earliest)
+    return replace(record.placement, start=_starts(record, inputs, cache))
 
 
 def _starts(record: Record, inputs: dict[str, Any], cache: Any) -> Tensor:
     """Column of each row's first thought, `(B,)`."""
-    reference, mask = tokens(inputs), inputs.get("attention_mask")
-    by_row = record.inserted and record.earliest != record.latest
-    needed = record.padded and counts_tokens(cache)
+    reference, mask, placement = tokens(inputs), inputs.get("attention_mask"), record.placement
+    by_row = placement.inserted and placement.column is None
+    needed = placement.padded and counts_tokens(cache)
     if needed if mask is None else not (is_padding_mask(mask) and mask.shape[1] >= record.length):
         found = "none" if mask is None else tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"`attention_mask` must be the padding mask of all tokens so far, (batch, {record.length} and more), got "
             f"{found}. After `{CACHE_NAME}`, pass the prompts' mask, followed by a 1 for every token since."
         )
-    if by_row and not record.trail:
+    if by_row and placement.reach > 0:
         raise ValueError(
             f"`{CACHE_NAME}` must come from prompts without labels, but was filled with labels that start in another "
             "column in every row, and caches do not know their rows. Leave out `labels`, or run the rows one by one."
         )
-    if by_row and mask is not None:
+    if by_row and mask is not None:  # behind the last attended token of the prompt
         return record.length - trailing(mask[:, : record.length])
-    return torch.full((len(reference),), record.latest, device=reference.device)
+    return torch.full((len(reference),), placement.latest, device=reference.device)
 
 
 def check_room(
