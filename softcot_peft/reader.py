@@ -29,25 +29,16 @@ _OTHER = "Give another one with `use_assistant(model, tokenizer, name=...)`"
 
 @dataclass
 class PromptReader:
-    """What one adapter needs to make the assistant's input.
+    """What one adapter needs to make the assistant's input."""
 
-    Args:
-        config: The adapter's config.
-        assistant: The assistant.
-        base_tokenizer: The base's tokenizer, or `None` where the prompt's ids are fed as they are.
-        thought_token_id: Id of `thought_token` in the base's vocabulary, or `None`.
-        assistant_thought_token_id: What stands at the thought positions of the assistant's input.
-        lookup: Where the assistant's hidden states are looked up before it runs, or `None`.
-        in_parts: Whether the assistant's chat template takes content as a list of parts.
-    """
-
-    config: SoftCoTConfig
-    assistant: Assistant
+    config: SoftCoTConfig  # the adapter's config
+    assistant: Assistant  # the assistant
+    # The base's tokenizer, or `None` where the prompt's ids are fed as they are.
     base_tokenizer: PreTrainedTokenizerBase | None
-    thought_token_id: int | None
-    assistant_thought_token_id: int
-    lookup: ThoughtLookup | None = None
-    in_parts: bool = False
+    thought_token_id: int | None  # id of `thought_token` in the base's vocabulary, or `None`
+    assistant_thought_token_id: int  # what stands at the thought positions of the assistant's input
+    lookup: ThoughtLookup | None = None  # where the assistant's hidden states are looked up before it runs, or `None`
+    in_parts: bool = False  # whether the assistant's chat template takes content as a list of parts
     _warned: bool = field(default=False, init=False, repr=False)
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> tuple[Tensor, Tensor]:
@@ -194,11 +185,7 @@ class PromptReader:
         return rendered
 
     def check_chat_template(self) -> None:
-        """Find out how the assistant's chat template takes the user's turn, if it is used.
-
-        Raises:
-            ValueError: It cannot be rendered, or loses part of the turn.
-        """
+        """Find out how the assistant's chat template takes the user's turn, if it is used."""
         if not self._chats:
             return
         try:

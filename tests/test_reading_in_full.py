@@ -335,9 +335,7 @@ def test_a_chat_template_of_parts_gives_the_oracle_s_tokens(pair: Pair, assistan
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_a_chat_template_that_loses_part_of_the_user_s_turn_is_refused(
-    pair: Pair, assistant: Path, name: str
-) -> None:
+def test_a_chat_template_that_loses_part_of_the_user_s_turn_is_refused(pair: Pair, assistant: Path, name: str) -> None:
     (assistant / "chat_template.jinja").write_text(LOSSY[name])
     pair.model(assistant_model_name_or_path=str(assistant))  # not used without `assistant_prompt`
     with pytest.raises(ValueError, match=r"chat template .*assistant' (must write the user's turn|cannot be)") as info:
@@ -608,7 +606,8 @@ def test_a_thought_token_without_an_embedding_in_the_base_is_refused(pair: Pair)
     use_tokenizer(tokenizer)
     base, most = pair.load_base(), len(pair.tokenizer)
     with pytest.raises(
-        ValueError, match=rf"`thought_token` must have an embedding .* has {most}, got '\[T\]' with id {most}\. Call `base"
+        ValueError,
+        match=rf"`thought_token` must have an embedding .* has {most}, got '\[T\]' with id {most}\. Call `base",
     ):
         get_peft_model(base, pair.config(thought_token="[T]"))
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -636,4 +635,3 @@ def test_a_relative_path_seen_from_another_folder_says_so(
     with pytest.raises(ValueError, match=f"`{field}`") as info:
         pair.model(**{field: str(tmp_path / "nowhere")})
     assert "relative path" not in str(info.value)
-
