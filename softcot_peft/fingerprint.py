@@ -71,7 +71,7 @@ def _reads_otherwise(reader: PromptReader) -> dict[str, Any]:
     if getattr(reader.base_tokenizer, "clean_up_tokenization_spaces", False):
         found["clean_up_tokenization_spaces"] = False
     if "strftime_now" in str(template):
-        found["assistant_date"] = str(DATE.date())
+        found["assistant_date"] = DATE
     if reader.in_parts:
         found["assistant_content"] = "parts"
     return found
