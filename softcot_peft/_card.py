@@ -7,12 +7,11 @@ from pathlib import Path
 _HEADING = "## Loading this SoftCoT adapter"
 
 
-def write_usage(card: Path, folder: Path, base: str | None, assistant: str | None) -> None:
-    """Write a model card with the loading paragraph into a folder, unless the card has it.
+def write_usage(card: Path, base: str | None, assistant: str | None) -> None:
+    """Add the loading paragraph to a model card, unless the card has it.
 
     Args:
-        card: The adapter's model card, if there is one.
-        folder: Where the new card is written.
+        card: The adapter's model card; made if there is none.
         base: Hub id or folder of the base.
         assistant: Hub id, folder or given name of the assistant.
     """
@@ -36,4 +35,4 @@ model = PeftModel.from_pretrained(base, "this repository or folder")
 
 The frozen assistant is `{assistant}`.
 """
-    (folder / card.name).write_text(text.rstrip("\n") + "\n" + usage, encoding="utf-8")
+    card.write_text(text.rstrip("\n") + "\n" + usage, encoding="utf-8")

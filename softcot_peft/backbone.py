@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat import takes_positions
 from .placement import positions
+
+_lock = Lock()
+_evaluating: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # modules to put back, and who still needs them
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, and put every module back into its own mode afterwards.
+
+    Threads and models may share modules: the last one to leave puts a module back. Sets the flags alone, since a
+    module's own `train` may do more than that, such as unmerging weights.
+    """
+    with _lock:
+        modules = [module for module in model.modules() if module.training or module in _evaluating]
+        for module in modules:
+            _evaluating[module] = _evaluating.get(module, 0) + 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                _evaluating[module] -= 1
+                if not _evaluating[module]:
+                    del _evaluating[module]
+                    module.training = True
 
 
 class Backbone:

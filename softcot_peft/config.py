@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftType, TaskType
 
 from ._card import write_usage
-from ._saving import STAGED, save_config
 from .untrusted import has_pickle_alone, pickled
 
 _POSITIVE = ("num_thought_tokens", "inference_num_thought_tokens")
@@ -21,6 +23,7 @@ _TEXTS = (
     "assistant_thought_token",
     "tokenizer_name_or_path",
 )
+_PLACES = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # of them, those that may be a folder's path
 _FLAGS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be None
 _MOST = 2**16  # thoughts; more than any LM reads well, and few enough that a stranger's config takes no memory
 _PLACEMENTS = ("prompt_end", "thought_token")
@@ -34,9 +37,11 @@ class SoftCoTConfig(PeftConfig):
         assistant_model_name_or_path: Hub id or folder of the frozen assistant LM, or the name given to
             [`use_assistant`]. Required.
         assistant_revision: Commit, tag or branch of the assistant. The resolved commit is written on save.
-        num_thought_tokens: N, the number of soft thoughts, while training. The paper trains with 32.
-        inference_num_thought_tokens: N in eval mode when thoughts are placed automatically. `None`: as in training.
-            The paper uses 4.
+        num_thought_tokens: N, the number of soft thoughts, in training and wherever a text is scored. The paper trains
+            with 32.
+        inference_num_thought_tokens: N when text is written (`generate`, a forward without labels) and thoughts are
+            placed automatically. `None`: as in training. The paper uses 4. A text that is scored (a forward with
+            labels, in training or eval mode) always has `num_thought_tokens`.
         thought_token: Token of the base's vocabulary that marks thought positions in a prompt. `None`: automatic
             placement only.
         placement: `"prompt_end"`: thoughts stand where the prompt ends, unless the prompt holds a run of
@@ -53,13 +58,12 @@ class SoftCoTConfig(PeftConfig):
         init_weights: `True`: the linear layer's usual initialisation. `False`: random values large enough to see in a
             test.
         two_pass_training: Whether training steps run prompts without gradient into a cache, and only thoughts and
-            response with gradient, wherever the base allows it: the same loss and gradients at half the time. `False`:
-            always everything in one pass.
+            response with gradient, wherever the base allows it: the same loss and gradients at half the time. The
+            outputs of such a step have no logits (`logits` is `None`). `False`: always one pass, with logits.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
-        interrupted_save: Stands in `adapter_config.json` only while one adapter is saved over another with a different
-            config; no field.
+        interrupted_save: Found in `adapter_config.json` where version 0.1.0 was killed while saving; no field.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -72,7 +76,7 @@ class SoftCoTConfig(PeftConfig):
     assistant_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the assistant."})
     num_thought_tokens: int = field(default=32, metadata={"help": "Number of soft thoughts while training."})
     inference_num_thought_tokens: int | None = field(
-        default=None, metadata={"help": "Number of soft thoughts in eval mode; None: as in training."}
+        default=None, metadata={"help": "Number of soft thoughts when text is written; None: as in training."}
     )
     thought_token: str | None = field(
         default=None, metadata={"help": "Token of the base's vocabulary that marks thought positions."}
@@ -116,9 +120,9 @@ class SoftCoTConfig(PeftConfig):
     def __post_init__(self, interrupted_save: bool) -> None:
         if interrupted_save:
             raise ValueError(
-                "`adapter_config.json` must be an adapter's config, got the mark of a save that was killed while it "
-                f"replaced an adapter with another config. Move the files of the folder's `{STAGED}` up into the "
-                "folder, which finishes the save, or save the adapter again."
+                "`adapter_config.json` must be an adapter's config, got the mark of a save by softcot-peft 0.1.0 that "
+                "was killed. Move the files of the folder's `.softcot-staged` up into the folder, which finishes the "
+                "save, or save the adapter again."
             )
         super().__post_init__()
         self.peft_type = PeftType["SOFTCOT"]
@@ -134,6 +138,9 @@ class SoftCoTConfig(PeftConfig):
     def _check_types(self) -> None:
         for name in _TEXTS:
             value = getattr(self, name)
+            if isinstance(value, os.PathLike) and name in _PLACES:
+                value = os.fspath(value)
+                setattr(self, name, value)
             if value is not None and not isinstance(value, str):
                 raise TypeError(
                     f"`{name}` must be a string, got {type(value).__name__}."
@@ -193,9 +200,17 @@ class SoftCoTConfig(PeftConfig):
             **kwargs: As [`~peft.PeftConfig.from_pretrained`] takes them.
 
         Raises:
-            ValueError: There is no config, or a pickle and no safetensors file beside it.
+            ValueError: There is no config, or a pickle and no safetensors file beside it; or fields of the config are
+                passed, which PEFT would ignore.
         """
         name = str(pretrained_model_name_or_path)
+        hub = inspect.signature(hf_hub_download).parameters
+        if overrides := [key for key in kwargs if key in cls.__annotations__ and key not in hub]:
+            raise ValueError(
+                f"`from_pretrained` must get no fields of the adapter's config, got {overrides}, which PEFT ignores. "
+                f"Change a loaded config instead: `config = SoftCoTConfig.from_pretrained({name!r})`, set "
+                f"`config.{overrides[0]}`, and pass `config=config` to `PeftModel.from_pretrained`."
+            )
         config: PeftConfig = super().from_pretrained(name, subfolder=subfolder, **kwargs)
         if has_pickle_alone(name, subfolder, kwargs):
             raise ValueError(pickled(name))
@@ -204,16 +219,10 @@ class SoftCoTConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` and, in the model card, how to load the adapter.
 
-        When PEFT or transformers save the adapter, weights and config come into place together.
-
         Args:
             save_directory: Folder of the adapter; made if needed.
             **kwargs: As [`~peft.PeftConfig.save_pretrained`] takes them.
         """
-
-        def write(folder: Path) -> None:
-            super(SoftCoTConfig, self).save_pretrained(str(folder), **kwargs)
-            card = Path(save_directory) / "README.md"
-            write_usage(card, folder, self.base_model_name_or_path, self.assistant_model_name_or_path)
-
-        save_config(save_directory, write)
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        write_usage(card, self.base_model_name_or_path, self.assistant_model_name_or_path)

@@ -63,7 +63,7 @@ class _InPieces(torch.autograd.Function):
 
 
 class HeadLoss:
-    """Stands in for the head of a base in one training step: takes hidden states, and has loss and logits.
+    """Stands in for the head of a base in one training step: takes hidden states, and has the loss.
 
     Args:
         head: The base's own.
@@ -81,7 +81,7 @@ class HeadLoss:
         self._targets = targets
         self._num_items = num_items
         self._vocabulary = vocabulary
-        self._hidden: Tensor | None = None
+        self._called = False
         self._loss: Tensor | None = None
 
     def stand_in(self, hidden: Tensor) -> Tensor:
@@ -93,10 +93,9 @@ class HeadLoss:
         Returns:
             What it is to read: `(B, 0, H)` the first time, and what it is given afterwards.
         """
-        if self._hidden is not None:
+        if self._called:  # also by the loss itself, piece by piece
             return hidden
-        self._hidden, device = hidden, hidden.device
-        self._cast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        self._called, device = True, hidden.device
         picked = hidden.flatten(0, 1).index_select(0, self._predicts.to(device))  # (T, H)
         total = cross_entropy(self._head, picked, self._targets.to(device), self._vocabulary)
         number = len(picked) if self._num_items is None else self._num_items
@@ -113,12 +112,3 @@ class HeadLoss:
         if self._loss is None:
             raise RuntimeError("The base must call its head in a training step, but did not. Report it.")
         return self._loss
-
-    def logits(self) -> Tensor:
-        """Of all columns, `(B, W, V)`, under the autocast of the step."""
-        if self._hidden is None:
-            raise RuntimeError("The base must call its head before its logits are read.")
-        hidden, (enabled, dtype) = self._hidden, self._cast
-        with torch.autocast(hidden.device.type, dtype, enabled):
-            logits: Tensor = self._head(hidden)
-        return logits

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import CACHE_NAME, argument_names, cache_length, find_cache, takes_positions, uncompiled
-from ._saving import save_base
-from .caches import recall, remember
+from .caches import check_room, recall, remember
 from .columns import repeat_rows, restore, restore_keys
 from .doors import Replaced, backbones, close, refuse_backbone
 from .generation import RUNNING, Generation, generate, prepare_cache
@@ -87,9 +86,9 @@ class ThoughtHooks:
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
         self._leads_head = False
+        self._warned_late = False
         self._replaced = [
             *close(model, layer),
-            Replaced(model, "save_pretrained", save_base),
             Replaced(model, "_load_pretrained_model", loading),
         ]
         if hasattr(model, "generate"):
@@ -145,7 +144,7 @@ class ThoughtHooks:
         cache, generation = find_cache(inputs), RUNNING.get()
         if reader is None:
             if cache is not None:
-                recall(cache, None)
+                recall(cache, None, inputs)
             if not any(name in kwargs for name in forward_inputs.OWN_NAMES):
                 return None
             forward_inputs.pop_own(kwargs)
@@ -153,7 +152,7 @@ class ThoughtHooks:
         if generation is not None and generation.model is model:
             running = self._generation_pass(generation, inputs, reader, cache)
         elif cache_length(cache) > 0:
-            placement = recall(cache, self.layer.active_name())
+            placement = recall(cache, self.layer.active_name(), inputs)
             self._refuse_late_run(inputs, reader)
             running = self._next_tokens(inputs, placement, cache)
         else:
@@ -183,7 +182,7 @@ class ThoughtHooks:
         if running.places and (generation is None or generation.model is not model):
             cache = find_cache(output)
             if cache is not None and not isinstance(cache, (Tensor, tuple, list)):
-                remember(cache, placement, str(self.layer.active_name()))
+                remember(cache, placement, str(self.layer.active_name()), running.length)
         return self._in_line(output, running, placement)
 
     def _in_line(self, output: Any, running: Pass, placement: Placement) -> Any:
@@ -214,7 +213,12 @@ class ThoughtHooks:
         own = forward_inputs.pop_own(inputs)
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
+        length = forward_inputs.tokens(inputs).shape[1]
+        check_room(self.model, find_cache(inputs), inputs, length, placement.num_inserted)
         self._warn_unread(inputs, placement)
+        if placement.late:
+            forward_inputs.drop_early_labels(inputs, placement)
+            self._warn_late()
         hidden = self.thinker.think(inputs.get("input_ids"), placement, reader, **own)
         divided = self._in_two_passes(reader, inputs, placement, hidden)
         return divided or self._in_one_pass(reader, inputs, placement, hidden)
@@ -242,9 +246,9 @@ class ThoughtHooks:
         rows = self.two_passes.begin(inputs, placement, hidden, filler, trained, in_one_pass)
         return None if rows is None else self._part_of(rows, hidden)
 
-    def _part_of(self, rows: Rows, hidden: Tensor | None) -> Pass:
+    def _part_of(self, rows: Rows | None, hidden: Tensor | None) -> Pass:
         """The first or, with the assistant's hidden states, the second pass of a training step."""
-        if hidden is None:
+        if rows is None or hidden is None:
             return Pass(self.model, 0)
         if rows.head is not None and not self._leads_head:  # compilers cut their graphs at hooks: none before
             self._handles.append(self.two_passes.head.register_forward_pre_hook(self.before_head))
@@ -252,7 +256,7 @@ class ThoughtHooks:
         writing = Writing(self.layer, hidden, rows.placement.start - rows.cut, rows.shape)
         return Pass(self.model, 0, rows.placement, writing, divided=rows)
 
-    def _run_part(self, inputs: dict[str, Any], rows: Rows, hidden: Tensor | None) -> Any:
+    def _run_part(self, inputs: dict[str, Any], rows: Rows | None, hidden: Tensor | None) -> Any:
         return self._run(inputs, self._part_of(rows, hidden))
 
     def _run(self, inputs: dict[str, Any], running: Pass) -> Any:
@@ -277,6 +281,16 @@ class ThoughtHooks:
                 stacklevel=2,
             )
 
+    def _warn_late(self) -> None:
+        if not self._warned_late:
+            self._warned_late = True
+            warnings.warn(
+                "Labels before the runs of `thought_token` (earlier turns of a conversation) are left out of the loss "
+                "from here on, since no thoughts stand before them. To train on every turn, make one row of each with "
+                "`softcot_peft.split_conversations`.",
+                stacklevel=2,
+            )
+
     def _place(
         self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, reader: PromptReader, seen: int = 0
     ) -> Pass:
@@ -284,6 +298,8 @@ class ThoughtHooks:
         batch, length = forward_inputs.tokens(inputs).shape[:2]
         thoughts = None if inputs.get("inputs_embeds") is None else self.layer.soft_thoughts(hidden)
         kept, last_rows = forward_inputs.place(inputs, placement, thoughts, self.thinker.filler(reader), seen)
+        columns = seen + length + placement.num_inserted
+        check_room(self.model, find_cache(inputs), inputs, columns)
         start, writing = placement.start - seen, None
         if thoughts is None:
             writing = Writing(self.layer, hidden, start, torch.Size((batch, length + placement.num_inserted)))
@@ -332,7 +348,7 @@ class ThoughtHooks:
         if placement is None:
             raise RuntimeError("A pass after the prompt needs the prompt's placement.")
         forward_inputs.pop_own(inputs)
-        batch, length = forward_inputs.tokens(inputs).shape[:2]
-        placement = placement.expand(batch)
+        length = forward_inputs.tokens(inputs).shape[1]
         forward_inputs.move_up(inputs, placement, cache, self.takes_positions)
+        check_room(self.model, cache, inputs, cache_length(cache) + length)
         return Pass(self.model, length, placement)

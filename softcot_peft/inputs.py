@@ -5,6 +5,7 @@ Works on a dict of arguments by name, in place. Knows the names that transformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +44,10 @@ def tokens(inputs: dict[str, Any]) -> Tensor:
         if isinstance(inputs.get(name), Tensor):
             found: Tensor = inputs[name]
             return found
-    raise ValueError("`input_ids` must be given, got none. Pass the tokenized prompts.")
+    raise ValueError(
+        "`input_ids` must be given, got none. Pass the tokenized prompts; an empty text has none in a pipeline, and "
+        "thoughts need a prompt before them."
+    )
 
 
 def check_adapter_names(names: list[str] | None) -> None:
@@ -75,6 +79,11 @@ def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
     given = {**inputs, **own}
     for name, kinds in _KINDS.items():
         value = given.get(name)
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` must be a tensor, got {type(value).__name__}. Unpack it: `model(**inputs)` or "
+                "`generate(**inputs)`."
+            )
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}. Pass the tokenizer's.")
         if value is not None and kinds and value.dtype not in kinds:
@@ -193,6 +202,15 @@ def place(
     if mask is not None:
         inputs["attention_mask"] = _placed_mask(mask, placement, seen + length)
     return kept
+
+
+def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:
+    """Leave labels before the thoughts out of the loss: the tokens there are not predicted with them."""
+    for name, first in (("labels", 0), ("shift_labels", 1)):  # the last thought's row predicts the first label
+        if isinstance(inputs.get(name), Tensor):
+            columns = torch.arange(first, inputs[name].shape[1] + first, device=inputs[name].device)
+            early = columns < placement.start.to(columns.device)[:, None]
+            inputs[name] = inputs[name].masked_fill(early, IGNORED)
 
 
 def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_positions: bool) -> None:

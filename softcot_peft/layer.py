@@ -64,8 +64,9 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_hidden_size(self) -> int:
-        """Width of the base's input embeddings."""
-        return int(full_shape(self.weight)[-1])
+        """Width of the base's input embeddings; a packed weight (GGUF, 4 bits) has another one."""
+        width = getattr(self.base_layer, "embedding_dim", None)
+        return width if isinstance(width, int) else int(full_shape(self.weight)[-1])
 
     @property
     def vocabulary(self) -> int | None:
@@ -86,6 +87,12 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         self.softcot_reader[adapter_name] = reader
         self.fresh.add(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Every `load_state_dict` comes by here, PEFT's and the user's.
+        filled = {name for name in self.fresh if f"{prefix}softcot_projection.{name}.weight" in state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.fresh -= filled
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the base's dtype, which rounds what `low_cpu_mem_usage=True` has just loaded.
@@ -125,6 +132,12 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
     def soft_thoughts(self, hidden: Tensor) -> Tensor:
         """Project the assistant's hidden states `(B, N, H_assistant)` with the active adapter to `(B, N, H_base)`."""
         (name,) = self._active_names()
+        if name in self.fresh and self.softcot_reader[name].config.inference_mode:
+            raise ValueError(
+                f"The projection of adapter {name!r} must be loaded before it answers, but no file filled it, and "
+                "its config says `inference_mode=True`. Load it with `PeftModel.from_pretrained` or `load_adapter` "
+                "instead of `get_peft_model`; to train a new one, set `inference_mode=False` in the config."
+            )
         self.fresh.discard(name)
         projected: Tensor = self.softcot_projection[name](hidden)
         return projected

@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import attached_configs, check_decoder_lm, device_map_of, is_table, is_whole
+from ._compat import attached_configs, check_decoder_lm, device_map_of, is_table, is_whole, unwrapped
 from ._version import __version__
 from .assistant import find_assistant
 from .config import SoftCoTConfig
@@ -23,7 +23,7 @@ from .hooks import ThoughtHooks
 from .inputs import check_adapter_names
 from .layer import SoftCoTLayer
 from .reader import make_reader
-from .weights import load_checked, misfit, projection_weights
+from .weights import load_checked, misfit, path_of, projection_weights
 
 _HOOKS = "softcot_hooks"  # attribute of the base that holds its hooks
 _PROJECTION = SoftCoTLayer.adapter_layer_names[0]
@@ -120,6 +120,11 @@ class SoftCoTModel(BaseTuner):
                 f"{type(model).__name__} is a {type(embedding).__name__}. {remedy}"
             )
         self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+        if "_fsdp_wrapped_module" in self._embedding_name:
+            raise ValueError(
+                "The base must not be wrapped by FSDP yet when an adapter is attached, got its input embedding at "
+                f"{self._embedding_name!r}, where FSDP would not see the adapter. Attach the adapter first."
+            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As BaseTuner does it; an adapter that is refused leaves no config behind."""
@@ -147,7 +152,7 @@ class SoftCoTModel(BaseTuner):
         assistant = find_assistant(name, config.assistant_revision, config.assistant_dtype)
         layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(_plain(target))
         _check_sizes(config, assistant.hidden_size, layer.base_hidden_size)
-        reader = make_reader(config, assistant, self.model.name_or_path)
+        reader = make_reader(config, assistant, self.model.name_or_path, layer.vocabulary)
         layer.update_layer(adapter_name, reader)
         # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
         # has offloaded it, and nothing would bring the adapter back.
@@ -164,7 +169,7 @@ class SoftCoTModel(BaseTuner):
         # Float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
         layer = _softcot_layer(self.model)
         dtype = torch.float32 if autocast_adapter_dtype else layer.weight.dtype
-        layer.softcot_projection[adapter_name].to(dtype)
+        layer.softcot_projection[adapter_name].to(dtype if dtype.is_floating_point else torch.float32)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -183,7 +188,9 @@ class SoftCoTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self.model.__dict__.pop(_HOOKS).remove()
+        hooks = self.model.__dict__.pop(_HOOKS, None)
+        if hooks is not None:  # not unloaded before
+            hooks.remove()
         device_map_of(self.model).pop(f"{self._embedding_name}.{_PROJECTION}", None)
         return self.model
 
@@ -211,7 +218,17 @@ class SoftCoTModel(BaseTuner):
         weights: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        if state_dict and not weights:  # processes other than the first may hold nothing of a sharded model
+            raise ValueError(
+                f"The model's state must hold the projection of adapter {adapter_name!r} under its module's name, but "
+                "does not: something that renames modules is wrapped around a part of the base. Take it off first."
+            )
         return weights
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Builds the names in a file, and on loading their inverse: a compiled backbone's are those of a plain one.
+        return unwrapped(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -224,8 +241,12 @@ class SoftCoTModel(BaseTuner):
             if isinstance(model, PeftModel) and adapter_name in layer.fresh:
                 _discard(model, adapter_name)
             raise
-        layer.fresh.discard(adapter_name)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
+        if unknown := set(remapped).intersection(checked):  # named as in the file: found nowhere in the model
+            raise ValueError(
+                f"The adapter's file must fit the names of the model's modules, but {sorted(unknown)} fit none: "
+                "something that renames modules is wrapped around a part of the base. Load the adapter first."
+            )
         return remapped
 
 
@@ -256,7 +277,7 @@ def _discard_injected(model: PreTrainedModel, adapter_name: str) -> None:
             model.delete_adapter(adapter_name)
         return
     layer = _softcot_layer(model)
-    parent, _, name = next(path for path, module in model.named_modules() if module is layer).rpartition(".")
+    parent, _, name = path_of(model, layer).rpartition(".")
     setattr(model.get_submodule(parent), name, layer.base_layer)
     model.__dict__.pop(_HOOKS).remove()
     del model.peft_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .columns import take
 
@@ -26,6 +26,7 @@ class Placement:
         latest: The largest `start`, on the host.
         earliest: The smallest, on the host.
         reach: The most columns from a row's `start` to behind its last attended or labelled token, on the host.
+        late: Whether labels stand before the thoughts, which no loss may count.
     """
 
     start: Tensor
@@ -36,6 +37,7 @@ class Placement:
     latest: int
     earliest: int
     reach: int = 0
+    late: bool = False
 
     @property
     def column(self) -> int | None:
@@ -88,9 +90,9 @@ def locate(
 ) -> Placement:
     """Find where the thoughts of every row go.
 
-    A run of the thought token in the prompt says so itself, and its length is N. Otherwise the thoughts follow the
-    prompt: they stand before the first label that is not -100 when labels are given, else after the last attended
-    token.
+    A run of the thought token that is not labelled says so itself, and its length is N; a labelled thought token is
+    text that somebody wrote. Otherwise the thoughts follow the prompt: they stand before the first label that is not
+    -100, else, also in a row without labels beside others, after the last attended token.
     All checks of the batch are read from the device together, once.
 
     Args:
@@ -107,39 +109,40 @@ def locate(
         The placement; `start` is a column of the caller's.
 
     Raises:
-        ValueError: Rows disagree, a run is broken or stands after the first label, a row has no label or no prompt,
-            the mask is not a plain padding mask, or a required run is missing.
+        ValueError: Rows disagree, a run is broken or stands after all labels, the labels of a row form several runs
+            under automatic placement, a row has no prompt, the mask is not a plain padding mask, or a required run is
+            missing.
     """
     reference = next(tensor for tensor in (input_ids, attention_mask, labels) if tensor is not None)
     length = reference.shape[1]
     columns = torch.arange(length, device=reference.device)
     attended = torch.ones_like(reference, dtype=torch.bool) if attention_mask is None else attention_mask != 0
 
+    labelled = torch.zeros_like(attended) if labels is None else labels != IGNORED
+
     if input_ids is None or thought_token_id is None:
         is_thought = torch.zeros_like(attended)
     else:
-        is_thought = (input_ids == thought_token_id) & attended
+        is_thought = (input_ids == thought_token_id) & attended & ~labelled
     counts = is_thought.sum(1)
     run_start = torch.where(is_thought, columns, length).amin(1)
     run_end = torch.where(is_thought, columns, -1).amax(1) + 1
 
-    if labels is None:
-        first_label = torch.full_like(counts, length)
-        prompt_end = torch.where(attended, columns, -1).amax(1) + 1
-    else:
-        first_label = torch.where(labels != IGNORED, columns, length).amin(1)
-        prompt_end = first_label
+    has_labels, last_label = labelled.any(1), torch.where(labelled, columns, -1).amax(1)
+    prompt_end = torch.where(
+        has_labels, torch.where(labelled, columns, length).amin(1), torch.where(attended, columns, -1).amax(1) + 1
+    )
+    begins = labelled & ~nn.functional.pad(labelled, (1, -1))  # where a run of labels begins
 
-    used = attended if labels is None else attended | (labels != IGNORED)
-    end = torch.where(used, columns, -1).amax(1) + 1
+    end = torch.where(attended | labelled, columns, -1).amax(1) + 1
     uses_run = counts.amax() > 0
     start = torch.where(uses_run, run_start, prompt_end)
     checks = {
         "mask": ~attended.eq(attention_mask).all() if attention_mask is not None else uses_run & False,
         "counts": (counts != counts[0]).any(),
         "broken": uses_run & (run_end - run_start != counts).any(),
-        "late": uses_run & (run_end > first_label).any(),
-        "unlabelled": ~uses_run & (first_label == length).any() if labels is not None else uses_run & False,
+        "late": uses_run & (has_labels & (last_label < run_end)).any(),
+        "turns": ~uses_run & (begins.sum(1) > 1).any(),
         "promptless": ~(attended & (columns < start[:, None])).any(1).all(),
         "vocabulary": uses_run & False,
         "shared": uses_run & False,
@@ -148,8 +151,9 @@ def locate(
         checks["vocabulary"] = ((input_ids < 0) | (input_ids >= vocabulary)).any()
     if input_ids is not None and shared_vocabulary is not None:
         checks["shared"] = ((input_ids >= shared_vocabulary) & attended & (columns < start[:, None])).any()
-    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax(), start.amin(), (end - start).amax()]
-    *failed, num_run, padded, latest, earliest, reach = torch.stack([fact.long() for fact in facts]).tolist()
+    late = (labelled & (columns < start[:, None])).any()
+    facts = [*checks.values(), counts.amax(), ~attended.all(), start.amax(), start.amin(), (end - start).amax(), late]
+    *failed, num_run, padded, latest, earliest, reach, late = torch.stack([fact.long() for fact in facts]).tolist()
     for name, fails in zip(checks, failed, strict=True):
         if fails and name == "mask" and attention_mask is not None:
             raise ValueError(_explain_mask(attention_mask))
@@ -157,8 +161,13 @@ def locate(
             raise ValueError(_explain_ids(name, input_ids, vocabulary, shared_vocabulary))
         if fails:
             prompt = attended & (columns < start[:, None])
-            raise ValueError(_explain(name, counts, run_start, run_end, first_label, prompt))
+            raise ValueError(_explain(name, counts, run_start, run_end, last_label, begins, prompt))
     if run_required and not num_run:
+        if input_ids is not None and (labelled & (input_ids == thought_token_id)).any():
+            raise ValueError(
+                "`labels` must be -100 on the run of `thought_token`, but label every thought token. A labelled one "
+                "is text of a response: label the response only."
+            )
         if input_ids is not None and thought_token_id is not None and input_ids.eq(thought_token_id).any():
             raise ValueError(
                 "`attention_mask` must not hide the run of `thought_token`, but is 0 wherever `input_ids` hold it. "
@@ -167,14 +176,21 @@ def locate(
         raise ValueError(
             "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. "
             "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
-            "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
+            "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter; with "
+            "`where='generation_prompt'` it writes none where the response is part of the text)."
         )
     num = num_run or num_thoughts
-    return Placement(start, num, not num_run, attention_mask, bool(padded), latest, earliest, reach)
+    return Placement(start, num, not num_run, attention_mask, bool(padded), latest, earliest, reach, bool(late))
 
 
 def _explain(
-    name: str, counts: Tensor, run_start: Tensor, run_end: Tensor, first_label: Tensor, prompt: Tensor
+    name: str,
+    counts: Tensor,
+    run_start: Tensor,
+    run_end: Tensor,
+    last_label: Tensor,
+    begins: Tensor,
+    prompt: Tensor,
 ) -> str:
     """The message for a failed check of `locate`, naming the first row at fault."""
 
@@ -194,17 +210,20 @@ def _explain(
             "also occurs elsewhere (as padding, pass `attention_mask`), choose another `thought_token`."
         )
     if name == "late":
-        row = first(run_end > first_label)
+        row = first((last_label >= 0) & (last_label < run_end))
         return (
-            f"Thought tokens must stand before the first label that is not {IGNORED}, but row {row} has one in column "
-            f"{int(run_end[row]) - 1} and its first label in column {int(first_label[row])}. Label the response only, "
-            f"and choose a `thought_token` that no response contains."
+            f"Some label that is not {IGNORED} must stand after the thought tokens, but row {row} has its last one in "
+            f"column {int(last_label[row])} and its last thought token in column {int(run_end[row]) - 1}. Label the "
+            "response that the thoughts are for."
         )
-    if name == "unlabelled":
-        row = first(first_label == prompt.shape[1])
+    if name == "turns":
+        row = first(begins.sum(1) > 1)
         return (
-            f"Every row of `labels` needs at least one label that is not {IGNORED}, since thoughts stand before the "
-            f"first one; row {row} has none. Drop such rows, or truncate less of the response."
+            f"The labels of a row must form one run, before which the thoughts stand, but those of row {row} form "
+            f"several, which begin in columns {begins[row].nonzero()[:, 0].tolist()}: a conversation with several "
+            "supervised turns, while `generate` thinks before the last one. Make one row per turn: "
+            "`dataset.map(softcot_peft.split_conversations, batched=True, remove_columns=dataset.column_names)`; or "
+            "label one turn alone, or write a run of `thought_token` where the thoughts belong."
         )
     row = first(~prompt.any(1))
     return (
@@ -233,7 +252,8 @@ def _explain_ids(name: str, input_ids: Tensor, vocabulary: int | None, shared_vo
         )
     return (
         f"`assistant_shares_tokenizer` feeds the prompt's ids to the assistant, which has {shared_vocabulary}, "
-        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again."
+        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again; if "
+        "they were added in memory, call `use_tokenizer(tokenizer)` before the adapter is attached."
     )
 
 

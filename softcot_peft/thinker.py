@@ -39,18 +39,19 @@ class Thinker:
         Args:
             inputs: The forward's arguments, unpadded or padded on either side.
             reader: The active adapter's.
-            num_thoughts: N where the prompts hold no run of thought tokens; `None`: by the model's mode.
+            num_thoughts: N where the prompts hold no run of thought tokens; `None`: the config's for texts that are
+                scored, which have labels, or its other one for texts that are to be continued.
 
         Raises:
             ValueError: The batch cannot carry thoughts, or is too long for the base with them.
         """
         config = reader.config
-        num = num_thoughts or config.num_thought_tokens
-        if num_thoughts is None and not self.model.training and config.inference_num_thought_tokens is not None:
-            num = config.inference_num_thought_tokens
         reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
         if labels is None and inputs.get("shift_labels") is not None:
             labels = unshift(inputs["shift_labels"])
+        # Not by `model.training`: a text's log-probabilities are the same in training and evaluation.
+        written = None if labels is not None else config.inference_num_thought_tokens
+        num = num_thoughts or written or config.num_thought_tokens
         if inputs.get("input_ids") is None and mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
         width = self.layer.base_hidden_size
@@ -65,7 +66,7 @@ class Thinker:
             reader.thought_token_id,
             run_required,
             self.layer.vocabulary,
-            reader.assistant.vocabulary if reader.base_tokenizer is None else None,
+            reader.shared_vocabulary,
         )
         self._check_length(reference, mask, placement)
         return placement
@@ -156,7 +157,9 @@ class Thinker:
                     f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
                     "got 0 there. Pad on the left."
                 )
-            if ((ids < 0) | (ids >= reader.assistant.vocabulary)).any():
+            unknown = (ids < 0) | (ids >= reader.assistant.vocabulary)
+            ids = ids.masked_fill(unknown & (mask == 0), 0)  # the tokenizer's padding may have no embedding
+            if (unknown & (mask != 0)).any():
                 raise ValueError(
                     "`assistant_input_ids` must lie within the assistant's vocabulary, 0 to "
                     f"{reader.assistant.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}. Tokenize with the "
@@ -164,7 +167,7 @@ class Thinker:
                 )
         token = THINKING.set(True)
         try:
-            return reader.assistant.hidden_states(ids, mask, num, device)
+            return reader.assistant.hidden_states(ids, mask, num, device, self.layer)
         finally:
             THINKING.reset(token)
 
@@ -172,7 +175,7 @@ class Thinker:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
         if reader.thought_token_id is not None:
             return reader.thought_token_id
-        return ordinary_token(self.model.config)
+        return ordinary_token(self.model)
 
 
 def unshift(shift_labels: Tensor) -> Tensor:

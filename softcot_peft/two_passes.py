@@ -6,14 +6,15 @@ needed there. Knows the base's own forward and how its arguments are laid out, a
 
 from __future__ import annotations
 
-import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -24,22 +25,29 @@ from ._compat import (
     cache_length,
     checkpoints,
     find_cache,
+    has_hooks,
     holds_attention_alone,
     is_whole,
     rotary_switch,
 )
 from .columns import insert, take
-from .head_loss import HeadLoss
+from .head_loss import HeadLoss, cross_entropy
 from .inputs import PER_TOKEN_OUTPUTS
-from .late_logits import LateLogits
 from .placement import IGNORED, Placement, positions, prompts
 
 _LOGGER = logging.getLogger(__name__)
 # Arguments that can be divided between the passes, or say nothing about a token.
 _DIVIDED = ("input_ids", "attention_mask", "labels")
-_ROUNDING, _ROUNDING_OF_HALVES = 1e-3, 0.1  # relative; TF32 rounds as coarsely as float16
+_ROUNDING = 1e-3  # relative; TF32 rounds as coarsely as float16
+_LOUD = 2.0**6  # exact in every dtype; logits of some hundreds are beyond every published cap
+_CHECKPOINTING = (
+    "Gradient checkpointing turns two-pass training off: it keeps no cache, and a step takes about twice the time. "
+    "Two passes keep no activations of prompts, so checkpointing is seldom needed. Pass "
+    "`gradient_checkpointing=False` (TRL's trainers turn it on by default), or `two_pass_training=False` in the "
+    "adapter's config to choose one pass."
+)
 
-Run = Callable[[dict[str, Any], "Rows", Tensor | None], Any]
+Run = Callable[[dict[str, Any], "Rows | None", Tensor | None], Any]
 InOnePass = Callable[[dict[str, Any], Placement, Tensor], Any]
 
 
@@ -51,7 +59,6 @@ class Rows:
         prompt: Arguments of the first pass, over `(B, P)` tokens of prompts.
         rest: Arguments of the second pass, over `(B, W)` placed columns: all thoughts, and what stands behind them.
         labels: `(B, W)`.
-        whole_prompts: Arguments of a pass over all of the prompts in the caller's columns.
         cut: The placed column in which each row's rest begins, `(B,)`; at its thoughts or before.
         placement: Where the thoughts stand in the caller's columns.
         length: The caller's columns L.
@@ -63,7 +70,6 @@ class Rows:
     prompt: dict[str, Tensor]
     rest: dict[str, Tensor]
     labels: Tensor
-    whole_prompts: dict[str, Tensor]
     cut: Tensor
     placement: Placement
     length: int
@@ -117,7 +123,7 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
         takes_positions: Whether the base wants to be told the positions of padded rows.
     """
     ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
-    start, earliest, latest, num = placement.start, placement.earliest, placement.latest, placement.num_inserted
+    start, earliest, num = placement.start, placement.earliest, placement.num_inserted
     length = ids.shape[1]
     here, width = placement, placement.reach + num
     if not moves(placement, length):
@@ -132,19 +138,23 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
     columns = torch.arange(width, device=ids.device) + here.start[:, None]  # (B, W)
     beyond = columns >= length + num
     rest_ids, rest_labels, rest_mask = (take(values, columns.clamp(max=length + num - 1)) for values in placed)
-    prompt, rest, whole = {"input_ids": prompt_ids}, {"input_ids": rest_ids}, {"input_ids": ids[:, :latest]}
+    prompt, rest = {"input_ids": prompt_ids}, {"input_ids": rest_ids}
     if placement.padded or placement.column is None:
         seen = torch.cat([prompt_mask, rest_mask.masked_fill(beyond, 0).to(prompt_mask)], 1)
         prompt["attention_mask"], rest["attention_mask"] = prompt_mask, seen
-        whole["attention_mask"] = attended[:, :latest]
         if takes_positions:
             where = positions(seen)
             prompt["position_ids"], rest["position_ids"] = where.tensor_split([prompt_ids.shape[1]], 1)
-            whole["position_ids"] = positions(attended)[:, :latest]
     rest_labels = rest_labels.masked_fill(beyond, IGNORED)
-    targets = nn.functional.pad(rest_labels, (0, 1), value=IGNORED)[:, 1:].flatten()
-    predicts = (targets != IGNORED).nonzero()[:, 0]  # here, where an accelerator has little left to do
-    return Rows(prompt, rest, rest_labels, whole, here.start, placement, length, predicts, targets[predicts])
+    predicts, targets = predicted(rest_labels)  # here, where an accelerator has little left to do
+    return Rows(prompt, rest, rest_labels, here.start, placement, length, predicts, targets)
+
+
+def predicted(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which columns `(B * L)` predict a label, `(T,)`, and these labels, `(T,)`, of labels `(B, L)`."""
+    targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    predicts = (targets != IGNORED).nonzero()[:, 0]
+    return predicts, targets[predicts]
 
 
 class TwoPasses:
@@ -164,9 +174,9 @@ class TwoPasses:
         self._takes_positions = takes_positions
         self._run = run
         self.head = model.get_output_embeddings()
-        # Whether the head's place can be taken, or None where two passes are not as one; by whether rows of unequal
-        # prompts were moved, None: equal ones.
-        self._found: dict[bool | None, bool | None] = {}
+        # Why two passes are not as one, if so; by whether rows of unequal prompts were moved, None: equal ones.
+        self._found: dict[bool | None, str | None] = {}
+        self._head_is_last: bool | None = None  # not tried yet
         self._said: set[str] = set()
 
     def begin(
@@ -192,16 +202,18 @@ class TwoPasses:
         Returns:
             The divided rows; `None` where the step has to be made in one pass, for a reason that is logged once.
         """
-        obstacle = self._obstacle(inputs, placement, trained)
+        obstacle = self._obstacle(inputs, placement, trained) or self._tried(
+            inputs, placement, hidden, filler, in_one_pass
+        )
         if obstacle is None:
-            stands_in = self._tried(inputs, placement, hidden, filler, in_one_pass)
-            if stands_in is not None:
-                rows = divide(inputs, placement, filler, self._takes_positions)
-                return self._second(inputs, rows, self._read_prompts(rows), stands_in)
-            obstacle = "its logits after a cached prompt are not those of whole rows"
+            rows = divide(inputs, placement, filler, self._takes_positions)
+            return self._second(inputs, rows, self._read_prompts(rows), bool(self._head_is_last))
         if obstacle not in self._said:
             self._said.add(obstacle)
-            _LOGGER.info("Training steps of %s run in one pass: %s.", type(self.model).__name__, obstacle)
+            if obstacle == _CHECKPOINTING:  # its cost is a user's to weigh
+                warnings.warn(_CHECKPOINTING, stacklevel=2)
+            else:
+                _LOGGER.info("Training steps of %s run in one pass: %s.", type(self.model).__name__, obstacle)
         return None
 
     def _obstacle(self, inputs: dict[str, Any], placement: Placement, trained: nn.Module) -> str | None:
@@ -209,7 +221,9 @@ class TwoPasses:
         if CACHE_NAME not in self._names:
             return "its forward takes no cache"
         if checkpoints(self.model):
-            return "gradient checkpointing makes no cache"
+            return _CHECKPOINTING
+        if any(has_hooks(module) for module in self.model.get_input_embeddings().modules()):
+            return "a hook on its input embedding may depend on the length of a pass, as NEFTune's noise does"
         if placement.latest < placement.num_thoughts:  # masks after a cache are tables of rest by all columns
             return "prompts are shorter than the thoughts"
         own = set(trained.parameters())
@@ -235,62 +249,83 @@ class TwoPasses:
 
     def _tried(
         self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, in_one_pass: InOnePass
-    ) -> bool | None:
-        """Whether the place of the head can be taken in the second pass; `None`: two passes are not as one.
+    ) -> str | None:
+        """Why two passes are not as one, found by trying; `None` where they are.
 
         Attention with a cache reads a row in pieces as it reads it whole. A model that goes on from a recurrent state
         with one token at a time, or counts positions by column, does not, and nothing in a config tells. So it is
         tried once, on the rows with the shortest and the longest prompt, and once more for each way of dividing
-        prompts that differ in length. A base that does something with its logits, or has a loss of its own, is found
-        out in the same way, and computes both itself. Rounding is allowed for; other differences are as large as the
-        logits are.
+        prompts that differ in length. In half precision, rounding would hide differences: the trial computes in
+        float32.
         """
         way = None
         if placement.padded or placement.column is None:
             way = moves(placement, inputs["input_ids"].shape[1])
-        if way not in self._found:
-            pick = torch.stack([placement.start.argmin(), placement.start.argmax()])
-            few = {name: inputs[name][pick] for name in _DIVIDED if inputs.get(name) is not None}
+        if way in self._found:
+            return self._found[way]
+        pick = torch.stack([placement.start.argmin(), placement.start.argmax()])
+        few = {name: inputs[name][pick] for name in _DIVIDED if inputs.get(name) is not None}
+        if (few["labels"][:, 1:] == IGNORED).all():
+            return "the rows that would be tried have no labels"
+        try:
             with torch.no_grad(), _evaluating(self.model):
-                here = placement.select(pick)
-                agrees = (
-                    stands_in
-                    for stands_in in (True, False)
-                    if self._agree(few, here, hidden[pick], filler, in_one_pass, stands_in)
-                )
-                self._found[way] = next(agrees, None)
+                if self._head_is_last is None:
+                    self._head_is_last = self._try_head(few["input_ids"])
+                with _in_float32(self.model):
+                    agrees = self._agree(few, placement.select(pick), hidden[pick], filler, in_one_pass)
+            self._found[way] = None if agrees else "its logits after a cached prompt are not those of whole rows"
+        except Exception as error:  # models fail in their own ways where they were never run so
+            if should_reduce_batch_size(error):  # out of memory, which says nothing about the model
+                return f"memory ran out when two passes were tried ({error})"
+            self._found[way] = f"it cannot go on from a cached prompt ({error})"
         return self._found[way]
 
-    def _agree(
-        self,
-        inputs: dict[str, Any],
-        placement: Placement,
-        hidden: Tensor,
-        filler: int,
-        in_one_pass: InOnePass,
-        stands_in: bool,
-    ) -> bool:
-        rows, two = divide(inputs, placement, filler, self._takes_positions), {**inputs, "return_dict": True}
+    def _try_head(self, ids: Tensor) -> bool:
+        """Whether the head is the last thing that the base does, so that its logits are the model's to the bit.
+
+        What the head reads is made larger, so that a cap on the logits that a small number passes unchanged is seen.
+        """
+        seen: list[Tensor] = []
+
+        def enlarge(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not args:
+                return None
+            seen.append(args[0] * _LOUD)
+            return (seen[-1], *args[1:])
+
+        handle = self.head.register_forward_pre_hook(enlarge)
         try:
-            cache = self._read_prompts(rows)
-            if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
-                return False
-            rows = self._second(two, rows, cache, stands_in)
-            found = self.end(self._run(two, rows, hidden), rows)
-        except Exception as error:  # models fail in their own ways where they were never run so
-            what = "do without its head" if stands_in else "go on from a cached prompt"
-            _LOGGER.info("%s cannot %s: %s", type(self.model).__name__, what, error)
+            inputs = {"input_ids": ids, "labels": ids, "use_cache": False, "return_dict": True}
+            output = self._run(inputs, None, None)
+        finally:
+            handle.remove()
+        if len(seen) != 1 or output.get("logits") is None or output.get("loss") is None:
             return False
+        predicts, targets = predicted(ids)
+        logits = self.head(seen[0])
+        loss = cross_entropy(self.head, seen[0].flatten(0, 1)[predicts], targets, logits.shape[-1]) / len(targets)
+        same = logits.shape == output.logits.shape and bool((logits == output.logits).all())
+        return same and bool(torch.isclose(loss, output.loss.float(), rtol=1e-4))
+
+    def _agree(
+        self, inputs: dict[str, Any], placement: Placement, hidden: Tensor, filler: int, in_one_pass: InOnePass
+    ) -> bool:
+        """Whether logits and loss of two passes are those of one, but for rounding."""
+        rows, rest = divide(inputs, placement, filler, self._takes_positions), {**inputs, "return_dict": True}
+        cache = self._read_prompts(rows)
+        if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
+            return False
+        rows = self._second(rest, rows, cache, stands_in=False)
+        found = self._run(rest, rows, hidden)
         expected = in_one_pass({**inputs, "return_dict": True}, placement, hidden)
-        attended = slice(None) if placement.attention_mask is None else placement.attention_mask.bool()
-        tolerance = _ROUNDING if expected.logits.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALVES
-        return all(
-            bool((one - two).float().norm() <= tolerance * one.float().norm())
-            for one, two in (
-                (expected.loss, found.loss),
-                (expected.logits[attended], found.logits.whole()[attended]),
-            )
-        )
+        index, late = rows.in_rest(rows.length)
+        index = index - (rows.shape[1] - found.logits.shape[1])  # columns that predict nothing may be left out
+        read = late & (index < found.logits.shape[1])
+        if placement.attention_mask is not None:
+            read = read & placement.attention_mask.bool()
+        two = take(found.logits, index.clamp(0, found.logits.shape[1] - 1))
+        pairs = (expected.loss, found.loss), (expected.logits[read], two[read])
+        return all(bool((one - two).float().norm() <= _ROUNDING * one.float().norm()) for one, two in pairs)
 
     @torch.no_grad()
     def _read_prompts(self, rows: Rows) -> Any:
@@ -337,36 +372,22 @@ class TwoPasses:
     def end(self, output: Any, rows: Rows) -> Any:
         """Put the outputs of the second pass in line with the caller's tokens.
 
-        Logits are those of all tokens, made when they are read. Other values of tokens before the thoughts are 0, and
-        the cache, whose columns are not the caller's, is left out.
+        There are no logits, for those of the prompts were not made. Other values of tokens before the thoughts are 0,
+        and the cache, whose columns are not the caller's, is left out.
 
         Args:
             output: A `ModelOutput` of the base.
             rows: What `begin` returned.
         """
-        fields = {name: value for name, value in output.items() if name not in CACHE_NAMES}
+        fields = {name: value for name, value in output.items() if name not in (*CACHE_NAMES, "logits")}
         if rows.head is not None:
             fields["loss"] = rows.head.loss
         for name, value in fields.items():
-            if name == "logits":
-                shape = (*rows.shape[:1], rows.length, value.shape[2])
-                fields[name] = LateLogits.of(value, shape, functools.partial(self._whole_logits, rows, value))
-            elif isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.shape[0]:
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.shape[0]:
                 missing = rows.shape[1] - value.shape[1]
                 if missing in (0, 1):  # 1: compared with shifted labels already
                     fields[name] = _in_line(value, rows, rows.length - missing)
         return type(output)(**fields)
-
-    def _whole_logits(self, rows: Rows, logits: Tensor) -> Tensor:
-        """Logits of all tokens `(B, L, V)`, from those of the second pass, `(B, W or W - rows.skipped, V)`, if any."""
-        with torch.no_grad():
-            read = self._run({**rows.whole_prompts, "use_cache": False, "return_dict": True}, rows, None).logits
-        if rows.head is not None:
-            logits = rows.head.logits().to(logits)
-        index, late = rows.in_rest(rows.length)
-        index = (index - (rows.shape[1] - logits.shape[1])).clamp(max=logits.shape[1] - 1) + read.shape[1]
-        columns = torch.arange(rows.length, device=index.device)
-        return take(torch.cat([read.to(logits), logits], 1), index.where(late, columns))
 
 
 def _in_line(values: Tensor, rows: Rows, length: int) -> Tensor:
@@ -375,6 +396,50 @@ def _in_line(values: Tensor, rows: Rows, length: int) -> Tensor:
     found = take(values, index.clamp(0, values.shape[1] - 1))
     none = ~late | (index >= values.shape[1])
     return found.masked_fill(none.to(found.device).view(*none.shape, *[1] * (values.dim() - 2)), 0)
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """A model that computes in float32, but for its head, so that rounding hides no difference between two ways.
+
+    Each weight in half precision is cast while its module runs. Quantised ones that have a dtype to compute in
+    (bitsandbytes 0.50) compute in float32; others stay as coarse as they are.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart, narrow, kept = {*embedding.modules(), *head.modules()}, {}, {}
+
+    def widen(module: nn.Module, args: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                narrow[weight], weight.data = weight.data, weight.data.float()
+
+    def restore(module: nn.Module, args: Any, output: Any) -> None:
+        for weight in module.parameters(recurse=False):
+            weight.data = narrow.pop(weight, weight.data)
+
+    def to_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = getattr(module, "weight", args[0]).dtype
+        return (args[0].to(dtype) if dtype.is_floating_point else args[0], *args[1:])
+
+    handles = [
+        embedding.register_forward_hook(lambda module, args, output: output.float()),
+        head.register_forward_pre_hook(to_head),
+    ]
+    for module in model.modules():
+        if module not in apart:
+            handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+            kept[module], module.compute_dtype = module.compute_dtype, torch.float32  # type: ignore[assignment]
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight, data in narrow.items():  # what was running when something raised
+            weight.data = data
+        for module, dtype in kept.items():
+            module.compute_dtype = dtype
 
 
 @contextmanager

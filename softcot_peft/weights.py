@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ._compat import unwrapped
 from .layer import SoftCoTLayer
 from .untrusted import pickled
 
@@ -39,19 +40,17 @@ def projection_weights(
         ValueError: One of them is missing, has another shape, is no floating-point tensor or not finite; or the file
             holds weights of the base that differ from those of this base.
     """
-    path = next(name for name, module in model.named_modules() if module is layer).removeprefix(_PREFIX)
-    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):  # of torch.compile and FSDP, in no file
-        path = path.replace(wrapper, "")
+    path = unwrapped(path_of(model, layer)).removeprefix(_PREFIX)
     names = {f"{_PREFIX}{path}.{_OWN}{part}": part for part in _PARTS}
     names |= {name.removeprefix(_PREFIX): part for name, part in names.items()}
     own = {names[name]: tensor for name, tensor in found.items() if name in names}
-    _check_rest({name: tensor for name, tensor in found.items() if name not in names}, model)
     if len(own) < len(_PARTS):
         missing = next(part for part in _PARTS if part not in own)
         raise ValueError(
             f"The adapter's file must hold {path}.{_OWN}{missing}, but holds {sorted(found)[:4]}. Save the adapter "
             "again with `save_pretrained`, or load the base that it was trained on."
         )
+    _check_rest({name: tensor for name, tensor in found.items() if name not in names}, model)
     assistant_size, base_size = layer.softcot_reader[adapter_name].assistant.hidden_size, layer.base_hidden_size
     shape = tuple(own["weight"].shape)
     if shape != (base_size, assistant_size) and len(shape) == 2:
@@ -68,6 +67,11 @@ def projection_weights(
     return {name: tensor for name, tensor in found.items() if name in names}
 
 
+def path_of(model: nn.Module, layer: SoftCoTLayer) -> str:
+    """The name of the wrapped input embedding among a model's modules."""
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
 def misfit(trained_assistant: object, trained_base: object, assistant_size: int, base_size: int) -> str:
     """The message for an adapter that was trained for other sizes."""
     return (
@@ -81,7 +85,7 @@ def _check_rest(rest: Mapping[str, Tensor], model: nn.Module) -> None:
     """Refuse tensors beyond the projection, but for copies of what the base holds: PEFT saves resized embeddings."""
     if not rest:
         return
-    state = model.state_dict()
+    state = {unwrapped(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in rest.items():
         bare = name.removeprefix(_PREFIX)
         present = next((state[key] for key in (name, bare, _PREFIX + bare) if key in state), None)
@@ -120,12 +124,18 @@ def load_checked(
     if name is None or not isinstance(model, nn.Module):
         return original(*args, **kwargs)
     try:
-        projection_weights(state or _read(files or []), model, layer, name)
+        weights = projection_weights(state or _read(files or []), model, layer, name)
+        path = path_of(model, layer)  # a compiled backbone's names are not those of the file
+        kwargs["state_dict"] = {f"{path}.{_OWN}{key.rpartition('.')[2]}": tensor for key, tensor in weights.items()}
+        result = original(*args, **kwargs)
+        unfilled = [key for key in result[0].missing_keys if f".{_OWN}{name}." in key]
+        if unfilled:
+            raise ValueError(f"The adapter's file must fill {unfilled}, but transformers loaded nothing into it.")
     except Exception:
         discard(name)
         raise
     layer.fresh.discard(name)
-    return original(*args, **kwargs)
+    return result
 
 
 def _loading(layer: SoftCoTLayer, expected: list[str] | None) -> str | None:

@@ -252,6 +252,12 @@ def shape_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def test_unloading_twice_is_harmless(pair: Pair, family: Family, model: PeftModel) -> None:
+    base = model.unload()
+    assert model.unload() is base
+    assert answers(base, pair) == family.expected["base"]
+
+
 def test_an_unloaded_base_takes_adapters_again(pair: Pair, family: Family, model: PeftModel) -> None:
     base = model.unload()
     again = PeftModel.from_pretrained(base, family.folders["two"]).eval()

@@ -311,10 +311,10 @@ def test_the_assistant_is_released_and_loaded_again_when_needed(pair: Pair) -> N
     gc.collect()
     assert backbone() is None
     model(**collate(rows))
-    assert assistant._backbone is None
+    assert not assistant._loaded
     use_thoughts(model, None)
     assert torch.equal(model(**collate(rows)).loss, plain)
-    assert assistant._backbone is not None
+    assert assistant._loaded
 
 
 def test_a_given_assistant_stays(pair: Pair) -> None:

@@ -539,7 +539,7 @@ def tabled(pair: Pair) -> PeftModel:
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_rows_longer_than_a_table_of_positions_are_refused(tabled: PeftModel, call: str) -> None:
     with refused("assistant's 256 positions", f"got 253 + {N} tokens", "Shorten the prompt"):
-        call_model(tabled, call, {"input_ids": torch.full((1, 250), 30), **own_input(1, 257)})
+        call_model(tabled, call, {"input_ids": torch.full((1, 240), 30), **own_input(1, 257)})
     with refused("base's 256 positions", f"got 253 + {N}", "Shorten the input", "`num_thought_tokens`"):
         call_model(tabled, call, {"input_ids": torch.full((1, 253), 30), **own_input(1, 9)})
 

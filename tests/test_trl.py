@@ -215,6 +215,36 @@ def test_texts_without_a_prompt_are_refused(pair: Pair, tmp_path: Path) -> None:
         run.train()
 
 
+@pytest.mark.parametrize("placement", ["prompt_end", "thought_token"])
+def test_thoughts_behind_the_generation_prompt(placement: str, pair: Pair, tmp_path: Path) -> None:
+    """TRL's rows have no generation prompt: thoughts go there by themselves, or where the user writes the run."""
+    config = pair.config(thought_token="<thought>", placement=placement)
+    tokenizer = with_thought_tokens(pair.tokenizer, config, "generation_prompt")
+    data, rows = chat_data(), chat_rows(pair, run=False)
+    if placement == "thought_token":
+        with pytest.raises(ValueError, match="every prompt must hold a run of `thought_token`, found none"):
+            sft(pair, tmp_path, config, data, tokenizer).train()
+        prompts = [
+            tokenizer.apply_chat_template(row, add_generation_prompt=True)["input_ids"] for row in data["prompt"]
+        ]
+        responses = [response for _, _, response in rows]
+        ids = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        labels = [[IGNORED] * len(prompt) + end for prompt, end in zip(prompts, responses, strict=True)]
+        data = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    run = sft(pair, tmp_path, config, data, tokenizer, max_steps=4)
+    first = oracle_loss(Oracle.of(run.model, pair.base, pair.assistant, N), rows)
+    run.train()
+    assert losses(run)[0] == pytest.approx(first, abs=1e-4)
+    run.save_model(str(tmp_path))
+    oracle = Oracle.of(run.model, pair.base, pair.assistant, N)
+    generator = pipeline("text-generation", str(tmp_path), tokenizer=str(tmp_path))
+    for question, (before, _, _) in zip(QUESTIONS, rows, strict=True):
+        messages = [{"role": "user", "content": question}]
+        [output] = generator(messages, max_new_tokens=6, do_sample=False, return_tensors=True)
+        new = oracle.generate(before, 6)
+        assert output["generated_token_ids"][-len(new) :] == new
+
+
 PACKED: list[dict[str, Any]] = [
     {"packing": True},
     {"packing": True, "packing_strategy": "bfd_split"},

@@ -12,20 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import convert_to_fp32
 from conformance.families import build
 from conformance.holding import attach, labelled, make_judge
 from conformance.holding import make_assistant as make_family_assistant
 from conftest import Pair, make_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softcot_peft._compat import CACHE_NAME, rotary_switch
-from softcot_peft.late_logits import LateLogits
 
 TEXTS = [
     ("What is two plus two?", " four, it is"),
@@ -68,16 +65,13 @@ def check_same(model: PeftModel, batch: dict[str, Tensor], two: bool = True, ato
     """A step as in one pass; `two`: whether two are expected to be made."""
     model.train()
     output, found = gradients(model, batch)
-    assert isinstance(output.logits, LateLogits) == two
+    assert (output.logits is None) == two
     model.peft_config["default"].two_pass_training = False
     plain, expected = gradients(model, batch)
     model.peft_config["default"].two_pass_training = True
     torch.testing.assert_close(output.loss, plain.loss, atol=atol, rtol=atol)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 2 * atol * max(1, float(other.abs().max()))
-    attended = batch["attention_mask"].bool()
-    assert output.logits.shape == plain.logits.shape
-    torch.testing.assert_close(output.logits[attended], plain.logits[attended], atol=100 * atol, rtol=100 * atol)
 
 
 @contextmanager
@@ -95,9 +89,7 @@ def passes(model: PeftModel) -> Iterator[list[tuple[bool, int]]]:
 @pytest.mark.parametrize("rows", [(0,), (0, 0), (0, 1, 2)], ids=["one row", "equal rows", "ragged rows"])
 @pytest.mark.parametrize("run", [False, True], ids=["prompt's end", "run"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_loss_gradients_and_logits_are_those_of_one_pass(
-    pair: Pair, side: str, run: bool, rows: tuple[int, ...]
-) -> None:
+def test_loss_and_gradients_are_those_of_one_pass(pair: Pair, side: str, run: bool, rows: tuple[int, ...]) -> None:
     model = pair.model(thought_token=THOUGHT)
     check_same(model, make_batch(pair, side, run, rows))
 
@@ -162,7 +154,8 @@ def head_rows(model: PeftModel) -> Iterator[list[tuple[int, int]]]:
 @pytest.mark.parametrize("rows", [(0, 0), (0, 1, 2)], ids=["equal rows", "ragged rows"])
 def test_the_head_reads_what_predicts_a_label(pair: Pair, rows: tuple[int, ...], side: str, run: bool) -> None:
     model, batch = pair.model(thought_token=THOUGHT).train(), make_batch(pair, side, run, rows)
-    batch["labels"][0, (batch["labels"][0] != -100).int().argmax() + 1] = -100  # within a response
+    if run:  # which marks the place, so that a token within a response may be left out
+        batch["labels"][0, (batch["labels"][0] != -100).int().argmax() + 1] = -100
     gradients(model, batch)  # the first step is tried both ways
     with head_rows(model) as seen:
         gradients(model, batch)
@@ -174,7 +167,7 @@ def test_the_loss_of_an_accumulated_batch_is_divided_as_trainer_says(pair: Pair)
     model, losses = pair.model().train(), []
     for number in (None, 7, torch.tensor(7)):
         output = model(**make_batch(pair), num_items_in_batch=number)
-        assert isinstance(output.logits, LateLogits)
+        assert output.logits is None
         losses.append(output.loss)
     assert losses[1] == losses[2]
     torch.testing.assert_close(losses[1] * 7, losses[0] * (make_batch(pair)["labels"] != -100).sum())
@@ -187,7 +180,7 @@ def test_a_loss_of_the_trainers_own_is_computed_by_the_base(pair: Pair) -> None:
         2 * ForCausalLMLoss(logits, labels, vocab_size)
     )
     output = gradients(model, batch)[0]
-    assert isinstance(output.logits, LateLogits)
+    assert output.logits is None
     torch.testing.assert_close(output.loss, 2 * usual)
 
 
@@ -198,7 +191,7 @@ def test_a_base_that_does_more_with_its_logits_calls_its_own_head(model_type: st
     model = attach(base)
     judge = make_judge(model, plain, assistant)
     base.training = True
-    assert isinstance(model(**labelled([0, 1], judge)).logits, LateLogits)
+    assert model(**labelled([0, 1], judge)).logits is None
     with head_rows(model) as seen:
         model(**labelled([0, 1], judge))
     assert seen[0][1] == 0
@@ -247,41 +240,6 @@ def test_a_head_that_is_wrapped_later_is_called(pair: Pair) -> None:
     assert seen[-1][1] > 0
 
 
-def test_logits_are_made_only_where_they_are_read(pair: Pair) -> None:
-    model, batch = pair.model().train(), make_batch(pair)
-    output, _ = gradients(model, batch)
-    with passes(model) as seen:
-        assert output.logits.shape == (*batch["input_ids"].shape, len(pair.tokenizer))
-        assert (output.logits.dtype, output.logits.device, output.logits.dim()) == (torch.float32, model.device, 3)
-        assert len(output.logits) == 3
-        assert output.logits.size(1) == batch["input_ids"].shape[1]
-        assert convert_to_fp32(output).logits is output.logits  # what accelerate does to every output
-        assert seen == []
-        first = output.logits.argmax(-1)
-        assert len(seen) == 1
-        assert torch.equal(output["logits"].argmax(-1), first)  # kept
-        assert len(seen) == 1
-    assert type(output.logits[0]) is Tensor
-
-
-def test_mixed_precision_and_ddp_make_no_logits(pair: Pair) -> None:
-    model, batch = pair.model().train(), make_batch(pair)
-    gradients(model, batch)
-    with passes(model) as seen, torch.autocast("cpu", torch.bfloat16):
-        output = convert_to_fp32(model(**batch))  # accelerate's, around the forward
-        assert (len(seen), output.logits.dtype) == (2, torch.float32)
-        assert output.logits.grad_fn is None  # DDP's handling of outputs
-        logits = output.logits.clone()
-        assert len(seen) == 2
-        assert type(logits[0]) is Tensor
-        assert len(seen) == 3
-        torch.testing.assert_close(output.logits, logits[:])
-        assert len(seen) == 3
-        assert logits[:].grad_fn is not None
-        assert output.logits.detach()[:].grad_fn is None
-    assert logits[0].dtype == torch.float32
-
-
 def test_ddp_makes_no_logits(pair: Pair, tmp_path: Path) -> None:
     model, batch = pair.model().train(), make_batch(pair)
     gradients(model, batch)
@@ -295,90 +253,6 @@ def test_ddp_makes_no_logits(pair: Pair, tmp_path: Path) -> None:
             assert len(seen) == 2
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_read_logits_have_gradients(pair: Pair) -> None:
-    model, batch = pair.model().train(), make_batch(pair)
-    labels = batch["labels"][:, 1:]
-    found = []
-    for model.peft_config["default"].two_pass_training in (True, False):
-        model.zero_grad()
-        logits = model(**batch).logits[:, :-1]
-        torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels).backward()
-        found.append([weight.grad for weight in model.parameters() if weight.grad is not None])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-def test_a_copy_of_logits_to_come_is_of_the_moment_when_it_was_asked_for(pair: Pair) -> None:
-    model, batch = pair.model().train(), make_batch(pair)
-    logits = model(**batch).logits
-    copy, cast, gone = logits.clone(), logits.double(), logits.clone()
-    with torch.no_grad():
-        frozen = logits.float().clone()
-    del gone
-    assert all(isinstance(tensor, LateLogits) for tensor in (copy, cast, frozen))
-    with torch.no_grad():
-        expected = logits[:].clone()
-        logits.mul_(0)
-    assert logits.abs().max() == 0
-    for tensor in (copy, cast, frozen):
-        torch.testing.assert_close(tensor[:], expected.to(tensor.dtype))
-    assert copy[:].requires_grad
-    assert cast[:].requires_grad
-    assert not frozen[:].requires_grad
-    later = logits.clone()
-    assert type(later) is Tensor
-    assert later.abs().max() == 0
-
-
-def test_copies_are_made_once_and_again_when_making_failed() -> None:
-    made, numbers = [], torch.arange(6.0).reshape(1, 2, 3)
-
-    def make() -> Tensor:
-        made.append(len(made))
-        if len(made) == 1:
-            raise RuntimeError("no memory")
-        return numbers
-
-    late = LateLogits.of(numbers, (1, 2, 3), make)
-    copy, other = late.clone(), late.double()
-    with pytest.raises(RuntimeError, match="no memory"):
-        copy.sum()
-    whole = copy.whole()
-    assert made == [0, 1]
-    assert late.whole() is numbers
-    assert copy.whole() is whole
-    assert whole.data_ptr() != numbers.data_ptr()
-    assert other.sum() == whole.sum() == 15
-
-
-def test_a_copy_that_is_read_first_is_copied_once() -> None:
-    numbers, copied = torch.arange(6.0).reshape(1, 2, 3), []
-    copy = LateLogits.of(numbers, (1, 2, 3), lambda: numbers).clone()
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            copied.append(func.overloadpacket)
-            return func(*args, **(kwargs or {}))
-
-    with Counting():
-        copy.whole()
-    assert copied.count(torch.ops.aten.clone) == 1
-
-
-def test_logits_that_are_first_read_without_gradients_have_them_nonetheless(pair: Pair) -> None:
-    logits = pair.model().train()(**make_batch(pair)).logits
-    with torch.no_grad():
-        assert not (logits + 1).requires_grad
-    assert (logits + 1).requires_grad
-
-
-def test_what_reaches_past_the_logits_reads_no_zeros(pair: Pair) -> None:
-    logits = pair.model().train()(**make_batch(pair)).logits
-    assert torch.Tensor.as_subclass(LateLogits.whole(logits), Tensor).isfinite().all()
-    with torch._C.DisableTorchFunctionSubclass():
-        assert logits.isnan().all()
 
 
 def test_outputs_per_token_other_than_logits_are_zero_before_the_thoughts(pair: Pair) -> None:
@@ -413,23 +287,25 @@ def test_what_two_passes_cannot_give_is_given_by_one(pair: Pair, given: str) -> 
         assert all(state.shape[1] == batch["input_ids"].shape[1] for state in output.hidden_states)
 
 
-@pytest.mark.parametrize("change", ["checkpointing", "weights"])
-def test_steps_that_need_one_pass_take_it_and_say_so_once(
-    pair: Pair, change: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_steps_that_need_one_pass_take_it_and_say_so_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = pair.model(), make_batch(pair)
-    if change == "checkpointing":
-        base = model.get_base_model()  # its method has another name since transformers 5.23
-        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
-        model.get_base_model().enable_input_require_grads()
-    else:
-        model.get_base_model().lm_head.weight.requires_grad_()
+    model.get_base_model().lm_head.weight.requires_grad_()
     caplog.set_level(logging.INFO, "softcot_peft")
     check_same(model, batch, two=False)
     gradients(model, batch)
     (record,) = [record for record in caplog.records if record.name.startswith("softcot_peft")]
     assert record.levelno == logging.INFO
-    assert {"checkpointing": "gradient checkpointing", "weights": "are trained"}[change] in record.getMessage()
+    assert "are trained" in record.getMessage()
+
+
+def test_gradient_checkpointing_takes_one_pass_and_warns_once_of_what_it_costs(pair: Pair) -> None:
+    model, batch = pair.model(), make_batch(pair)
+    base = model.get_base_model()  # its method has another name since transformers 5.23
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    base.enable_input_require_grads()
+    with pytest.warns(UserWarning, match="twice the time.*`gradient_checkpointing=False`"):
+        check_same(model, batch, two=False)
+    gradients(model, batch)
 
 
 # peft's own, whenever a base that carries an adapter gets another one
@@ -572,5 +448,5 @@ def test_families_that_cannot_go_on_from_padded_or_cached_prompts_are_found_out(
     judge = make_judge(model, plain, assistant)
     base.training = True
     for rows, divided in zip(([0], [0, 1]), two, strict=True):
-        assert isinstance(model(**labelled(rows, judge)).logits, LateLogits) == divided
+        assert (model(**labelled(rows, judge)).logits is None) == divided
     assert ("run in one pass" in caplog.text) == (two != (True, True))
