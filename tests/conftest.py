@@ -245,7 +245,9 @@ def _skip_refused_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip at the calls on bare models for which transformers 5.24 wants a newer PEFT than is released."""
     wanted = bare_adapters.MIN_PEFT_VERSION
     if Version(peft.__version__) < Version(wanted):
-        reason = f"transformers {transformers.__version__} wants PEFT {wanted} for adapters of bare models, any method's"
+        reason = (
+            f"transformers {transformers.__version__} wants PEFT {wanted} for adapters of bare models, any method's"
+        )
         monkeypatch.setattr(bare_adapters, "check_peft_version", lambda **_: pytest.skip(reason))
 
 
