@@ -79,7 +79,7 @@ def run(name: str, torch: str, constraints: list[str], jobs: str) -> dict[str, s
     print(f"{name}: {found.strip()}", flush=True)
     report = FOLDER / f"{name}.xml"
     subprocess.run([python, "-m", "pytest", "-n", jobs, f"--junitxml={report}"], cwd=ROOT, check=True)
-    suite = next(ElementTree.parse(report).iter("testsuite"))  # pytest has just written it
+    suite = next(ElementTree.parse(report).iter("testsuite"))
     count = {field: int(suite.attrib[field]) for field in ("tests", "skipped")}
     figures = {
         "key": key,

@@ -337,6 +337,13 @@ def test_a_fresh_adapter_can_be_added_to_a_bare_base(pair: Pair, family: Family,
     assert answers(bare, pair) == family.expected["one"]
 
 
+def test_a_lora_can_be_added_to_a_bare_base(pair: Pair) -> None:
+    """Of no method of ours: where transformers refuses this, the tests of bare bases are skipped."""
+    base = pair.load_base()
+    base.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    assert base.active_adapters() == ["lora"]
+
+
 def test_a_lora_of_the_base_can_stand_beside(pair: Pair, family: Family, tmp_path: Path) -> None:
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     tuned = get_peft_model(pair.load_base(), lora)
