@@ -446,6 +446,7 @@ def test_a_base_that_is_its_own_assistant_stays_in_training_mode(pair: Pair) -> 
     assert not torch.equal(*losses)  # dropout acts
 
 
+@pytest.mark.filterwarnings("ignore:Gradient checkpointing turns two-pass training off:UserWarning")
 def test_a_base_that_is_its_own_assistant_keeps_checkpointing(pair: Pair) -> None:
     base = pair.load_base()
     use_assistant(base, pair.tokenizer, name="itself")
