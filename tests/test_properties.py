@@ -353,7 +353,7 @@ def cases(draw: DrawFn, base_kind: str, assistant_kind: str, labelled: bool) -> 
         tail = draw(cells(tokens, 0, 3, holes)) if run else []
         response = draw(st.lists(tokens, min_size=1, max_size=5)) if labelled else []
         # Automatic placement takes one run of labels; a row may have none. Runs in the prompt take any.
-        wanted = [number < draw(st.integers(0, 5)) for number in range(5)]
+        wanted = [True] * draw(st.integers(0, 5)) + [False] * 5
         if run:
             wanted = draw(st.lists(st.booleans(), min_size=5, max_size=5))
         drawn.append((before, tail, response, wanted, draw(st.booleans())))
@@ -648,7 +648,7 @@ def test_a_wrong_placement_is_not_rounding(error: str, folder: str) -> None:
     """In bfloat16, the bounds refuse nearly every row that a wrong placement changes at all in float32."""
     wrong = refused = 0
 
-    @settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=min(CASES, 100), derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         nonlocal wrong, refused
