@@ -96,9 +96,6 @@ def head_width(model: PreTrainedModel) -> int:
     """Width of a causal LM's last hidden states: what its head reads.
 
     `config.hidden_size` is not it everywhere (OPT-350M projects to another width before its head).
-
-    Raises:
-        ValueError: The model has no language-modelling head.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -117,9 +114,6 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 
     `base_model` is the whole model where `base_model_prefix` is not the backbone's name (Llama4ForCausalLM,
     transformers 5.23); there it is the transformers model inside.
-
-    Raises:
-        ValueError: There is none.
     """
     for found in (model.base_model, *model.children()):
         if found is not model and isinstance(found, PreTrainedModel):
@@ -210,9 +204,6 @@ def commit_of(name: str, revision: str | None) -> str | None:
     """The Hub commit that a revision stands for; `None` for folders.
 
     Read from where the config is in the Hub cache: configs do not record their commit any more (transformers 5.23).
-
-    Raises:
-        OSError: There is no config under this name.
     """
     if Path(name).is_dir():
         return None

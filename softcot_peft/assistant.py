@@ -147,12 +147,7 @@ class Assistant:
     def _backbone(self, device: torch.device, user: object | None = None) -> Backbone:
         """The model without its head. One that this package loads is on the base's device, and is never moved.
 
-        Args:
-            device: Where the base's embeddings are.
-            user: Who asks. Models on devices where no living user has asked last are let go of.
-
-        Raises:
-            ValueError: The weights cannot be loaded, or `device` holds no values.
+        Models on devices where no living `user` has asked last are let go of.
         """
         if device.type == "meta":
             raise ValueError(
@@ -310,11 +305,6 @@ def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") 
 
     Only its config is read here. Remote code never runs and only safetensors weights are read, since the name may come
     from a stranger's adapter.
-
-    Args:
-        name: Hub id, folder, or name given to `use_assistant`.
-        revision: Commit, tag or branch; not looked at for a given assistant.
-        dtype: Dtype to load in, or "auto".
 
     Raises:
         ValueError: It cannot be found or is not a decoder LM.

@@ -43,11 +43,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Backbone:
-    """A backbone, and what was found out about it.
-
-    Args:
-        model: The causal LM without its head.
-    """
+    """A backbone, and what was found out about it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -55,16 +51,7 @@ class Backbone:
         self._skips_padding: bool | None = None  # not known before there is padding
 
     def last_states(self, input_ids: Tensor, attention_mask: Tensor, num: int) -> Tensor:
-        """Last hidden states at the end of each row.
-
-        Args:
-            input_ids: `(B, L)` int64, left-padded.
-            attention_mask: `(B, L)`, 1 = attended.
-            num: How many columns from the end.
-
-        Returns:
-            `(B, num, H)`.
-        """
+        """The last `num` hidden states of each row, `(B, num, H)`, of left-padded ids and mask `(B, L)`."""
         if self._skips_padding is not True and (attention_mask == 0).any():
             if self._skips_padding is None:
                 self._skips_padding = self._try_padding(input_ids[attention_mask.sum(1).argmax()])
@@ -86,9 +73,6 @@ class Backbone:
         take padding into a recurrent state (RWKV, xLSTM, RecurrentGemma; transformers 5.23), and nothing in their
         config or signature tells. So it is tried once, on a row with its beginning masked: the hidden states of such
         models change by as much as they are large, those of the others by rounding, 1 % in bfloat16.
-
-        Args:
-            ids: `(L,)`, any text of at least two tokens.
         """
         row, start = ids[None], max(1, len(ids) // 4)
         mask = torch.ones_like(row)

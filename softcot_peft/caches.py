@@ -22,30 +22,16 @@ _RECORD = "softcot_record"  # attribute of a cache
 
 @dataclass(frozen=True)
 class Record:
-    """The thoughts in a cache, as far as it is the same whichever rows are picked from it.
+    """The thoughts in a cache, as far as it is the same whichever rows are picked from it."""
 
-    Args:
-        placement: Where they stand, without what differs by row.
-        adapter: Name of the adapter that made them.
-        length: The caller's columns of the prompts.
-        end: How long the cache is at least while it holds all thoughts.
-    """
-
-    placement: Placement
-    adapter: str
-    length: int
-    end: int
+    placement: Placement  # where they stand, without what differs by row
+    adapter: str  # name of the adapter that made them
+    length: int  # the caller's columns of the prompts
+    end: int  # how long the cache is at least while it holds all thoughts
 
 
 def remember(cache: Any, placement: Placement, adapter: str, length: int) -> None:
-    """Note on a cache that has just been filled where the thoughts stand in it.
-
-    Args:
-        cache: A cache of transformers.
-        placement: Where the thoughts stand.
-        adapter: Name of the adapter that made them.
-        length: The caller's columns.
-    """
+    """Note on a cache that has just been filled where the thoughts stand in it."""
     end = min(cache_length(cache), placement.latest + placement.num_thoughts)
     any_row = replace(placement, start=torch.empty(0, dtype=torch.long), attention_mask=None)
     setattr(cache, _RECORD, Record(any_row, adapter, length, end))
@@ -61,18 +47,6 @@ def recall(cache: Any, adapter: str | None, inputs: dict[str, Any]) -> Placement
 
     Rows may have been picked from the cache, and repeated, since it was filled. What differs by row follows from the
     mask of this pass, whose rows the caller picks as well.
-
-    Args:
-        cache: A cache of transformers.
-        adapter: Name of the active adapter; `None` when adapters are disabled.
-        inputs: The forward's arguments.
-
-    Returns:
-        The placement; `None` when there are no thoughts in it and adapters are disabled.
-
-    Raises:
-        ValueError: The cache was filled with another adapter than the active one, or without any; thoughts were
-            cropped from it; or the mask does not say where they stand.
     """
     record: Record | None = getattr(cache, _RECORD, None)
     if record is None and adapter is None:
@@ -165,10 +139,6 @@ def crop_in_callers_columns(cache: Any, added: int) -> None:
     Drafts that are not accepted are dropped by `crop`. Transformers 5.23 says how many (negative), which needs no
     translation; earlier releases say how many tokens stay. There the cache is a part of itself from here on, and its
     memory is free only when Python has looked for such cycles.
-
-    Args:
-        cache: A cache of transformers.
-        added: How many columns it holds beyond the caller's.
     """
     if hasattr(cache, "crop") and "tokens_to_remove" not in inspect.signature(cache.crop).parameters:
         crop: Callable[..., None] = functools.partial(_crop, added)

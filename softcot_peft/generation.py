@@ -31,25 +31,16 @@ _DEFAULT_NEW = 20
 
 @dataclass
 class Generation:
-    """A running `generate` call.
+    """A running `generate` call."""
 
-    Args:
-        model: The base.
-        placement: Where the thoughts stand in the prompts, which end in the last column.
-        hidden: The assistant's hidden states at the thought positions of D distinct prompts, `(D, N, H_assistant)`.
-        length: Columns of the prompts.
-        first: The first row of each distinct prompt, `(D,)`.
-        source: Which distinct prompt each row has, `(B,)`.
-        consumed: Columns that the base has read so far; fewer than `length` during chunked prefill.
-    """
-
-    model: nn.Module
-    placement: Placement
+    model: nn.Module  # the base
+    placement: Placement  # where the thoughts stand in the prompts, which end in the last column
+    # The assistant's hidden states at the thought positions of D distinct prompts, `(D, N, H_assistant)`.
     hidden: Tensor
-    length: int
-    first: Tensor
-    source: Tensor
-    consumed: int = 0
+    length: int  # columns of the prompts
+    first: Tensor  # the first row of each distinct prompt, `(D,)`
+    source: Tensor  # which distinct prompt each row has, `(B,)`
+    consumed: int = 0  # columns that the base has read so far; fewer than `length` during chunked prefill
     _expanded: Placement | None = None
 
     def placement_of(self, rows: int) -> Placement:
@@ -93,12 +84,6 @@ def generate(thinker: Thinker, original: Callable[..., Any], *args: Any, **kwarg
 
     Right-padded prompts are aligned to the left first, since new tokens continue the last column; the result shows the
     caller's prompts as they were.
-
-    Args:
-        thinker: Computes the thoughts.
-        original: The base's own `generate`.
-        *args: As it takes them.
-        **kwargs: As it takes them, and `assistant_input_ids` and `assistant_attention_mask`.
 
     Raises:
         ValueError: The prompts cannot carry thoughts, or an option would run the base without them.
@@ -254,11 +239,6 @@ def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
     `_prepare_cache_for_generation` is private in transformers, and the only place where such a cache gets its length
     from the caller's `max_length` (5.23).
-
-    Args:
-        original: The base's own method.
-        *args: As it takes them.
-        **kwargs: As it takes them.
     """
     bound = inspect.signature(original).bind(*args, **kwargs)
     generation = RUNNING.get()

@@ -32,31 +32,22 @@ from .two_passes import Rows, TwoPasses
 
 @dataclass(frozen=True)
 class Pass:
-    """A running forward pass of a base, from the pre-hook to the forward hook.
+    """A running forward pass of a base, from the pre-hook to the forward hook."""
 
-    Args:
-        model: The base.
-        length: The caller's columns in this pass.
-        placement: Where the thoughts stand; `None` in a chunk of the prompt before them.
-        writing: What the embedding layer writes; `None` when thoughts are in the cache or in the embeddings passed.
-        places: Whether the thought positions are among this pass's columns.
-        kept: The caller's columns whose logits were asked for, when both of their possible rows were computed.
-        last_rows: Whether only the last rows of logits were asked for.
-        repeats: Which of this pass's rows each row of the caller's repeats, `(B,)`; `None` where all are the caller's.
-        divided: The rows of a training step whose prompts were run before; `None` in all other passes.
-        outer: The pass that was running before.
-    """
-
-    model: nn.Module
-    length: int
-    placement: Placement | None = None
+    model: nn.Module  # the base
+    length: int  # the caller's columns in this pass
+    placement: Placement | None = None  # where the thoughts stand; `None` in a chunk of the prompt before them
+    # What the embedding layer writes; `None` when thoughts are in the cache or in the embeddings passed.
     writing: Writing | None = None
-    places: bool = False
+    places: bool = False  # whether the thought positions are among this pass's columns
+    # The caller's columns whose logits were asked for, when both of their possible rows were computed.
     kept: Tensor | None = None
-    last_rows: bool = False
+    last_rows: bool = False  # whether only the last rows of logits were asked for
+    # Which of this pass's rows each row of the caller's repeats, `(B,)`; `None` where all are the caller's.
     repeats: Tensor | None = None
+    # The rows of a training step whose prompts were run before; `None` in all other passes.
     divided: Rows | None = None
-    outer: Pass | None = None
+    outer: Pass | None = None  # the pass that was running before
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("softcot_pass", default=None)
@@ -66,11 +57,6 @@ class ThoughtHooks:
     """The hooks and the `generate` of one base, installed once and shared by all of its SoftCoT adapters.
 
     Compilers run the hooks as they are: they think once a prompt, and their state is that of a thread.
-
-    Args:
-        model: The base.
-        layer: Its wrapped input embedding.
-        loading: Stands before the loading of weights by transformers' `load_adapter`, as `weights.load_checked` does.
     """
 
     def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer, loading: Callable[..., Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +18,13 @@ from .assistant import Assistant, missing_folder
 from .config import SoftCoTConfig
 from .lookup import ThoughtLookup
 
-DATE = datetime(2024, 7, 26)  # for chat templates that write the date; the one that Llama 3.2's falls back to
+# What chat templates write as today's date: the day that Llama 3.2's falls back to. A macro takes the place of
+# transformers' function, since whatever a template is given becomes data (5.23).
+DATE = "2024-07-26"
+_DIRECTIVES = f"""%F {DATE} %Y 2024 %y 24 %m 07 %-m 7 %B July %b Jul %d 26 %-d 26 %e 26 %A Friday %a Fri %j 208
+    %T 00:00:00 %H 00 %-H 0 %I 12 %-I 12 %p AM %M 00 %S 00""".split()
+_WRITTEN = "".join(map(" | replace('{}', '{}')".format, _DIRECTIVES[::2], _DIRECTIVES[1::2]))
+_FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_WRITTEN} }}}}{{% endmacro %}}\n"
 
 # A user's turn that shows whether a chat template changes, cuts or drops any of it.
 _PROBE = " \"Is 3 < 4 && x_1 == 'é'?\" <b>No:</b>\n\n\t- {{ a }} \\n\n" + "  Tom has 12 apples, and eats 7.\n" * 300
@@ -29,25 +34,16 @@ _OTHER = "Give another one with `use_assistant(model, tokenizer, name=...)`"
 
 @dataclass
 class PromptReader:
-    """What one adapter needs to make the assistant's input.
+    """What one adapter needs to make the assistant's input."""
 
-    Args:
-        config: The adapter's config.
-        assistant: The assistant.
-        base_tokenizer: The base's tokenizer, or `None` where the prompt's ids are fed as they are.
-        thought_token_id: Id of `thought_token` in the base's vocabulary, or `None`.
-        assistant_thought_token_id: What stands at the thought positions of the assistant's input.
-        lookup: Where the assistant's hidden states are looked up before it runs, or `None`.
-        in_parts: Whether the assistant's chat template takes content as a list of parts.
-    """
-
-    config: SoftCoTConfig
-    assistant: Assistant
+    config: SoftCoTConfig  # the adapter's config
+    assistant: Assistant  # the assistant
+    # The base's tokenizer, or `None` where the prompt's ids are fed as they are.
     base_tokenizer: PreTrainedTokenizerBase | None
-    thought_token_id: int | None
-    assistant_thought_token_id: int
-    lookup: ThoughtLookup | None = None
-    in_parts: bool = False
+    thought_token_id: int | None  # id of `thought_token` in the base's vocabulary, or `None`
+    assistant_thought_token_id: int  # what stands at the thought positions of the assistant's input
+    lookup: ThoughtLookup | None = None  # where the assistant's hidden states are looked up before it runs, or `None`
+    in_parts: bool = False  # whether the assistant's chat template takes content as a list of parts
     _warned: bool = field(default=False, init=False, repr=False)
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> tuple[Tensor, Tensor]:
@@ -176,10 +172,13 @@ class PromptReader:
         if not self._chats:
             return text
         content: Any = [{"type": "text", "text": text}] if self.in_parts else text
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "strftime_now": DATE.strftime}
+        message, tokenizer = [{"role": "user", "content": content}], self.assistant.tokenizer
         try:
-            message = [{"role": "user", "content": content}]
-            rendered = str(self.assistant.tokenizer.apply_chat_template(message, **options))
+            chat = tokenizer.get_chat_template()
+            chat = _FIXED_DATE + chat if "strftime_now" in chat else chat
+            rendered = str(
+                tokenizer.apply_chat_template(message, chat_template=chat, add_generation_prompt=True, tokenize=False)
+            )
         except Exception as error:  # templates come with assistants, and run in transformers' sandbox
             raise ValueError(
                 f"The chat template of the assistant {self.assistant.name!r} cannot be rendered: {error} {_OTHER}, or "
@@ -194,11 +193,7 @@ class PromptReader:
         return rendered
 
     def check_chat_template(self) -> None:
-        """Find out how the assistant's chat template takes the user's turn, if it is used.
-
-        Raises:
-            ValueError: It cannot be rendered, or loses part of the turn.
-        """
+        """Find out how the assistant's chat template takes the user's turn, if it is used."""
         if not self._chats:
             return
         try:

@@ -474,6 +474,92 @@ def test_no_gradient_reaches_the_assistant(pair: Pair, given: bool) -> None:
     assert {p.requires_grad for p in frozen} == {given}  # a given model is not changed
 
 
+# Devices. "cpu" and "cpu:0" are two devices to PyTorch, so that one machine has both.
+
+HERE, THERE = torch.device("cpu"), torch.device("cpu:0")
+
+
+class User:
+    """Stands for the wrapped embedding of a base."""
+
+
+def own(folder: Path) -> Assistant:
+    return Assistant(str(folder), AutoModelForCausalLM.from_pretrained(folder).config)
+
+
+def test_two_bases_on_two_devices_have_a_model_each(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assistant, one, other, loaded = own(fresh), User(), User(), []
+    original = Assistant._load
+    monkeypatch.setattr(Assistant, "_load", lambda self, where: loaded.append(where) or original(self, where))
+    first, second = assistant._backbone(HERE, one), assistant._backbone(THERE, other)
+    monkeypatch.setattr(nn.Module, "to", None)  # nothing is moved from here on
+    for _ in range(3):
+        assert assistant._backbone(HERE, one) is first
+        assert assistant._backbone(THERE, other) is second
+    assert first.model is not second.model
+    assert loaded == [HERE, THERE]
+
+
+def test_models_on_devices_that_no_living_base_is_on_are_let_go_of(fresh: Path) -> None:
+    assistant, one, other = own(fresh), User(), User()
+    first = weakref.ref(assistant._backbone(HERE, one).model)
+    second = weakref.ref(assistant._backbone(THERE, other).model)
+    gc.collect()
+    assert first() is not None
+    assert second() is not None
+    assistant._backbone(THERE, one)  # the base was moved
+    gc.collect()
+    assert first() is None
+    first = weakref.ref(assistant._backbone(HERE, one).model)
+    del other
+    gc.collect()
+    assistant._backbone(HERE, one)
+    gc.collect()
+    assert second() is None
+    assert first() is not None
+
+
+def test_a_model_that_runs_is_not_moved_by_another_thread(fresh: Path) -> None:
+    assistant, ids = own(fresh), torch.arange(5, 13)[None]
+    mask, started, moved = torch.ones_like(ids), threading.Event(), threading.Event()
+    expected = assistant.hidden_states(ids, mask, 2, HERE)
+    running, users = assistant.backbone(HERE), [User(), User()]
+
+    def pause(*_: Any) -> None:
+        started.set()
+        assert moved.wait(timeout=60)
+
+    handle = running.layers[0].register_forward_hook(pause)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(assistant.hidden_states(ids, mask, 2, HERE, users[0])))
+    thread.start()
+    assert started.wait(timeout=60)
+    before = [weight.data_ptr() for weight in running.parameters()]
+    assert torch.equal(assistant.hidden_states(ids, mask, 2, THERE, users[1]), expected)
+    assert [weight.data_ptr() for weight in running.parameters()] == before
+    moved.set()
+    thread.join()
+    handle.remove()
+    assert torch.equal(found[0], expected)
+
+
+def test_every_base_asks_in_its_own_name(pair: Pair, fresh: Path) -> None:
+    models = [pair.model(assistant_model_name_or_path=str(fresh)) for _ in range(2)]
+    for model in (*models, copy.deepcopy(models[0])):
+        logits(model, pair)
+    users = assistant_of(models[0])._users
+    assert all(model.get_input_embeddings() in users for model in models)
+    del models[1], model
+    gc.collect()
+    assert list(users) == [models[0].get_input_embeddings()]
+
+
+def test_a_given_model_is_never_moved(pair: Pair) -> None:
+    loaded = load_assistant(pair.assistant)
+    assistant = assistant_of(pair.model(assistant_model_name_or_path=give(loaded, pair)))
+    assert assistant.backbone(HERE) is assistant.backbone(THERE) is loaded.base_model
+
+
 # Loading
 
 

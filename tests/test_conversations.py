@@ -21,7 +21,10 @@ from softcot_peft import split_conversations, with_thought_tokens
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # as in test_trl.py
+pytestmark = [  # as in test_trl.py
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Gradient checkpointing turns two-pass training off:UserWarning"),
+]
 
 Chat = list[dict[str, Any]]
 

@@ -580,18 +580,7 @@ def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Ten
         (
             ["How<thought><thought>", "How many"],
             ["many", "seven<thought><thought>"],
-            [
-                "Thought tokens must stand before the first label",
-                "row 1",
-                "column 6",
-                "first label in column 2",
-                "-100",
-            ],
-        ),
-        (
-            ["How", "How many"],
-            ["many", ""],
-            ["Every row of `labels` needs at least one label", "row 1 has none", "Drop"],
+            ["Every row must hold the same number of thought tokens", "[2, 0]"],  # a labelled one is text
         ),
         (
             ["How many", ""],
@@ -599,7 +588,7 @@ def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Ten
             ["Every row needs a prompt before its thoughts", "row 1", "Set the labels of the prompt to -100"],
         ),
     ],
-    ids=["run after the first label", "row without a label", "label without a prompt"],
+    ids=["run in a response", "label without a prompt"],
 )
 def test_labels_that_leave_no_place_for_thoughts_are_refused(
     pair: Pair, model: PeftModel, rows: list[str], responses: list[str], parts: list[str], training: bool

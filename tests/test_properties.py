@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUESTIONS, make_assistant_tokenizer, make_base_tokenizer
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from peft import PeftModel, get_peft_model

@@ -108,9 +108,13 @@ def test_a_tokenizer_in_memory_is_found_by_any_name(pair: Pair, tmp_path: Path, 
     base.config._name_or_path = base.name_or_path = "in memory" if where == "base" else ""
     use_tokenizer(tokenizer, name="in memory")
     changes = {"tokenizer_name_or_path": "in memory"} if where == "config" else {}
-    if where == "adapter":
-        changes["base_model_name_or_path"] = "in memory"
-    model = get_peft_model(base, pair.config(**changes)).eval()
+    if where == "adapter":  # that was trained on a base with this name
+        pair.model().save_pretrained(tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "in memory"}))
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    else:
+        model = get_peft_model(base, pair.config(**changes)).eval()
     assert read(model, ["elephants"], tokenizer) == [reader_of(model).assistant.tokenizer("elephants")["input_ids"]]
     if where == "config":  # and an adapter that names it says what to do where there is none
         model.save_pretrained(tmp_path)
@@ -316,8 +320,8 @@ def test_a_chat_template_that_writes_the_user_s_turn_is_used(pair: Pair, assista
     assert "dogs" in spelled
 
 
-def test_a_chat_template_of_parts_gives_the_oracle_s_tokens(pair: Pair, assistant: Path, tmp_path: Path) -> None:
-    plain = pair.model(assistant_model_name_or_path=str(assistant), assistant_prompt="{prompt}")
+def test_a_chat_template_of_parts_gives_the_same_tokens(pair: Pair, assistant: Path, tmp_path: Path) -> None:
+    plain = pair.model(assistant_model_name_or_path=str(pair.chat_assistant), assistant_prompt="{prompt}")
     (assistant / "chat_template.jinja").write_text(PARTS)
     model = pair.model(assistant_model_name_or_path=str(assistant), assistant_prompt="{prompt}")
     rows = pair.rows(QUESTIONS)
@@ -335,9 +339,7 @@ def test_a_chat_template_of_parts_gives_the_oracle_s_tokens(pair: Pair, assistan
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_a_chat_template_that_loses_part_of_the_user_s_turn_is_refused(
-    pair: Pair, assistant: Path, name: str
-) -> None:
+def test_a_chat_template_that_loses_part_of_the_user_s_turn_is_refused(pair: Pair, assistant: Path, name: str) -> None:
     (assistant / "chat_template.jinja").write_text(LOSSY[name])
     pair.model(assistant_model_name_or_path=str(assistant))  # not used without `assistant_prompt`
     with pytest.raises(ValueError, match=r"chat template .*assistant' (must write the user's turn|cannot be)") as info:
@@ -497,7 +499,7 @@ def test_tokens_without_an_embedding_are_refused_in_words(pair: Pair, tmp_path: 
     model = pair.model(assistant_model_name_or_path=folder, assistant_prompt=prompt)
     read(model, QUESTIONS, pair.tokenizer)
     most = len(make_assistant_tokenizer())
-    match = rf"has {most}, and the prompts hold id {most + 1} \('mice'\).*use_assistant\(model, tokenizer"
+    match = rf"has {most}, and the prompts hold id {most + 2} \('mice'\).*use_assistant\(model, tokenizer"
     with pytest.raises(ValueError, match=match):
         model.generate(**pair.batch(["seven mice", "two elephants"]), max_new_tokens=1)
     # With the model that belongs to it, all is read.
@@ -608,7 +610,8 @@ def test_a_thought_token_without_an_embedding_in_the_base_is_refused(pair: Pair)
     use_tokenizer(tokenizer)
     base, most = pair.load_base(), len(pair.tokenizer)
     with pytest.raises(
-        ValueError, match=rf"`thought_token` must have an embedding .* has {most}, got '\[T\]' with id {most}\. Call `base"
+        ValueError,
+        match=rf"`thought_token` must have an embedding .* has {most}, got '\[T\]' with id {most}\. Call `base",
     ):
         get_peft_model(base, pair.config(thought_token="[T]"))
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -636,4 +639,3 @@ def test_a_relative_path_seen_from_another_folder_says_so(
     with pytest.raises(ValueError, match=f"`{field}`") as info:
         pair.model(**{field: str(tmp_path / "nowhere")})
     assert "relative path" not in str(info.value)
-
