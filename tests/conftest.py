@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib
+import logging
 import re
 import socket
 import sys
@@ -160,6 +161,18 @@ def next_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
     """Logits of the token after each row of a batch, `(B, V)`."""
     with torch.no_grad():
         return model(**batch, logits_to_keep=1).logits[:, -1]
+
+
+class DeprecationsAreErrors(logging.Handler):
+    """transformers logs some of its deprecations, where filters of warnings do not see them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message:
+            raise AssertionError(message)
+
+
+logging.getLogger("transformers").addHandler(DeprecationsAreErrors(logging.WARNING))
 
 
 @dataclass
