@@ -27,7 +27,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     module's own `train` may do more than that, such as unmerging weights.
     """
     with _lock:
-        modules = [module for module in model.modules() if module.training or module in _evaluating]
+        # In eval mode, 4-bit layers (bitsandbytes 0.50) pack their weights for good on some CPUs, and do no more.
+        modules = [m for m in model.modules() if (m.training or m in _evaluating) and not hasattr(m, "compute_dtype")]
         for module in modules:
             _evaluating[module] = _evaluating.get(module, 0) + 1
             module.training = False

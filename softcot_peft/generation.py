@@ -231,7 +231,8 @@ def _infer_mask(inputs: dict[str, Any], model: PreTrainedModel) -> Tensor:
     if ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
         reference = forward_inputs.tokens(inputs)
         return torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
-    return (ids != pad).long()
+    mask = ids != pad
+    return (mask | ~mask.any(1, keepdim=True)).long()  # a row of these alone is a text of them
 
 
 def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from peak import RUNS, make_base_alone, make_batch, make_model, peak_bytes
+from peak import RUNS, make_base_alone, make_batch, make_model
 
 import softcot_peft.assistant
+from benchmarks.memory import peak_bytes
 
 pytestmark = pytest.mark.timeout(3600)
 
