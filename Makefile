@@ -2,12 +2,14 @@
 PYTHON ?= python3
 # A pinned build, so that a CPU machine does not fetch several GB of CUDA libraries. The package itself takes a range.
 TORCH ?= torch==2.13.0
+# torch 2.6, the lowest that is claimed, is a CUDA build on PyPI (x86): TORCH_LOWEST=torch==2.6.0 costs several GB.
+TORCH_LOWEST ?= $(TORCH)
 BIN := .venv/bin
 JOBS ?= 2
 # Of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report bench test conformance fuzz check style clean
+.PHONY: quickstart report bench test test-matrix conformance fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -35,6 +37,9 @@ bench: .venv/report  ## SoftCoT's time and memory beside its rivals'; writes doc
 test: .venv/dev  ## the whole test suite, network off, warnings as errors
 	$(BIN)/python -m pytest -n $(JOBS)
 
+test-matrix:  ## the suite on the lowest and newest versions; writes docs/support.md; goes on if stopped
+	$(PYTHON) tests/matrix.py --torch "$(TORCH)" --torch-lowest "$(TORCH_LOWEST)" --jobs $(JOBS)
+
 # What the suite skips where it is not installed. DeepSpeed is built without its kernels, with the torch that is here.
 .venv/engines: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[quantised]" setuptools wheel ninja
@@ -57,4 +62,4 @@ style: .venv/dev  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-matrix .pytest_cache .mypy_cache .ruff_cache build *.egg-info

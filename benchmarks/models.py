@@ -75,10 +75,11 @@ def twin(model: M) -> M:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one word: the assistant is given ids."""
-    words = Tokenizer(WordLevel({SPECIAL["pad_token"]: PAD, SPECIAL["eos_token"]: EOS, "<unk>": UNK, "word": FIRST}))
-    return PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with a word for every id: the assistant is given ids, and refuses those that it does not know."""
+    words = {str(number): number for number in range(FIRST, vocabulary)}
+    words |= {SPECIAL["pad_token"]: PAD, SPECIAL["eos_token"]: EOS, SPECIAL["unk_token"]: UNK}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), **SPECIAL)
 
 
 def config_of(assistant: str, num_thoughts: int, **fields: Any) -> SoftCoTConfig:
@@ -106,7 +107,7 @@ def attach(pair: Pair, num_thoughts: int, **fields: Any) -> PeftModel:
         num_thoughts: N.
         **fields: Further fields of [`SoftCoTConfig`].
     """
-    name = use_assistant(pair.assistant, make_tokenizer(), name="benchmark")
+    name = use_assistant(pair.assistant, make_tokenizer(pair.assistant.config.vocab_size), name="benchmark")
     torch.manual_seed(0)  # the same projection every time
     return get_peft_model(twin(pair.base), config_of(name, num_thoughts, **fields)).eval()
 

@@ -88,7 +88,7 @@ def _save_pair(root: Path) -> None:
     pair = make_pair(SIZES["smoke"], "cpu")
     pair.base.save_pretrained(root / "base")
     pair.assistant.save_pretrained(root / "assistant")
-    make_tokenizer().save_pretrained(root / "assistant")
+    make_tokenizer(pair.assistant.config.vocab_size).save_pretrained(root / "assistant")
     get_peft_model(pair.base, config_of(str(root / "assistant"), 3)).save_pretrained(str(root / "adapter"))
     for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin"):
         (root / "adapter" / name).write_bytes(bytes(1000))

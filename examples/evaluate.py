@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from blocks import write_whole
 from controls import CONTROLS
 from harness import Evaluation, Question
+from precision import has_fast_bfloat16
 from results.statistics import share
 from results.store import fingerprint
 from sources import check_source
@@ -50,8 +50,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-fewshot", type=int, default=0)
     add("--limit", type=int, help="only the first questions of each task")
     add("--batch-size", type=int, default=16)
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    add("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help="default: on GPUs that support it")
+    bf16 = has_fast_bfloat16()
+    help_ = "default: on GPUs and CPUs with bfloat16 units"
+    add("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help=help_)
     add("--output-dir", type=Path, default=Path("runs/evaluate"))
     args = parser.parse_args(argv)
     check(args)

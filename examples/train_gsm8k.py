@@ -29,6 +29,7 @@ from accelerate.utils import gather_object, release_memory
 from controls import controlled
 from live_rows import LiveRows
 from peft import PeftModel, get_peft_model
+from precision import has_fast_bfloat16
 from sources import check_source
 from tqdm import tqdm
 from transformers import (
@@ -83,8 +84,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--temperature", type=float, default=0.0, help="0 is greedy; the paper samples at 1, with the seeds 41 to 45")
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=41)
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs that support it")
+    bf16 = has_fast_bfloat16()
+    add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs and CPUs with bfloat16 units")
     add("--cache-thoughts", action="store_true", help="train on thoughts computed once; 1 to 3 GB in --output-dir")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
@@ -169,6 +170,7 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 asks for it
         logging_steps=0.05,  # of all steps
         save_strategy="epoch",
         save_total_limit=1,

@@ -8,13 +8,7 @@ _HEADING = "## Loading this SoftCoT adapter"
 
 
 def write_usage(card: Path, base: str | None, assistant: str | None) -> None:
-    """Add the loading paragraph to a model card, unless the card has it.
-
-    Args:
-        card: The adapter's model card; made if there is none.
-        base: Hub id or folder of the base.
-        assistant: Hub id, folder or given name of the assistant.
-    """
+    """Add the loading paragraph to a model card, unless the card has it."""
     text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
     if _HEADING in text:
         return

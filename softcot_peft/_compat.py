@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations import deepspeed
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -95,9 +96,6 @@ def head_width(model: PreTrainedModel) -> int:
     """Width of a causal LM's last hidden states: what its head reads.
 
     `config.hidden_size` is not it everywhere (OPT-350M projects to another width before its head).
-
-    Raises:
-        ValueError: The model has no language-modelling head.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -116,9 +114,6 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 
     `base_model` is the whole model where `base_model_prefix` is not the backbone's name (Llama4ForCausalLM,
     transformers 5.23); there it is the transformers model inside.
-
-    Raises:
-        ValueError: There is none.
     """
     for found in (model.base_model, *model.children()):
         if found is not model and isinstance(found, PreTrainedModel):
@@ -177,27 +172,38 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def ordinary_token(config: PretrainedConfig) -> int:
-    """An id that is not padding: beginning or end of sequence, else 0.
+def ordinary_token(model: PreTrainedModel) -> int:
+    """An id that has an embedding and is not padding: beginning or end of sequence, else 0.
 
-    Configs of some types lack these fields (transformers 5.23).
+    Configs of some types lack these fields, and those of models with a smaller vocabulary keep the ids of the larger
+    one (transformers 5.23).
     """
-    text_config = config.get_text_config(decoder=True)
-    padding = getattr(text_config, "pad_token_id", None)
+    text_config = model.config.get_text_config(decoder=True)
+    padding, most = getattr(text_config, "pad_token_id", None), num_embeddings(model.config, model)
     for name in ("bos_token_id", "eos_token_id"):
         token_id = getattr(text_config, name, None)
-        if isinstance(token_id, int) and token_id != padding:
+        if isinstance(token_id, int) and token_id != padding and 0 <= token_id < most:
             return token_id
     return 0
+
+
+def num_embeddings(config: PretrainedConfig, model: PreTrainedModel | None = None) -> int:
+    """How many ids a model has embeddings for: as its table says, else its config, which a resized one may not match.
+
+    Args:
+        config: Config of the model.
+        model: The model, if it is loaded.
+    """
+    table = None if model is None else model.get_input_embeddings()
+    table = table.get_base_layer() if isinstance(table, BaseTunerLayer) else table
+    found = getattr(table, "num_embeddings", None)
+    return int(config.get_text_config(decoder=True).vocab_size if found is None else found)
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
     """The Hub commit that a revision stands for; `None` for folders.
 
     Read from where the config is in the Hub cache: configs do not record their commit any more (transformers 5.23).
-
-    Raises:
-        OSError: There is no config under this name.
     """
     if Path(name).is_dir():
         return None
@@ -361,6 +367,20 @@ def is_dynamic(cache: Any) -> bool:
     layers = getattr(cache, "layers", [])
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in layers)
+
+
+def fixed_length(cache: Any, config: PretrainedConfig) -> int | None:
+    """How many tokens a cache of fixed size has room for; `None` where it grows.
+
+    A sliding window drops what leaves it, unless the cache is smaller than the window (transformers 5.23).
+    """
+    static = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, StaticLayer)]
+    if not static:
+        return None
+    text_config = config.get_text_config(decoder=True)
+    windows = [getattr(text_config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    full = [layer.max_cache_len for layer in static if not layer.is_sliding or layer.max_cache_len < max(windows)]
+    return min(full, default=None)
 
 
 def counts_tokens(cache: Any) -> bool:

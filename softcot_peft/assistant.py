@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from threading import RLock
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -27,9 +28,10 @@ from ._compat import (
     is_empty,
     is_partitioned,
     loaded_whole,
+    num_embeddings,
     position_limit,
 )
-from .backbone import Backbone
+from .backbone import Backbone, evaluating
 from .untrusted import check_shards, meta_model, read_config
 
 _REMEDY = "Set its Hub id or folder, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
@@ -39,7 +41,20 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half",
 def _unusable(name: str, error: Exception) -> str:
     if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):  # speaks of no folders
         error = ValueError("There is no such folder, and a Hub id has the form 'name' or 'owner/name'.")
-    return f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} {_REMEDY}"
+    return (
+        f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} "
+        f"{missing_folder(name)}{_REMEDY}"
+    )
+
+
+def missing_folder(name: str) -> str:
+    """Where a name would be a folder, for messages; empty where it is one, or an absolute path."""
+    if os.path.isabs(name) or os.path.exists(name):
+        return ""
+    return (
+        f"As a relative path, it stands for {os.path.abspath(name)!r} from here, which does not exist: start where it "
+        "was given, or pass an absolute path. "
+    )
 
 
 class Assistant:
@@ -71,11 +86,12 @@ class Assistant:
         self.revision = revision
         self.dtype = dtype
         self.given = model
-        self._backbone = None if model is None else backbone_of(model)
+        self._given_backbone = None if model is None else Backbone(backbone_of(model))
         self._tokenizer = tokenizer
         # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
         self.lock = RLock()
-        self._run: Backbone | None = None
+        self._loaded: dict[torch.device, Backbone] = {}
+        self._users: WeakKeyDictionary[object, torch.device] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Assistant:
         """A copied base shares the assistant."""
@@ -102,7 +118,7 @@ class Assistant:
     @property
     def vocabulary(self) -> int:
         """How many ids the assistant has embeddings for."""
-        return int(self.config.get_text_config(decoder=True).vocab_size)
+        return num_embeddings(self.config, self.given)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -125,34 +141,36 @@ class Assistant:
         return self._tokenizer
 
     def backbone(self, device: torch.device) -> PreTrainedModel:
-        """The model without its head, in eval mode; loaded, or moved with the base, where this package loaded it.
+        """The model without its head that reads for bases on `device`."""
+        return self._backbone(device).model
 
-        Args:
-            device: Where the base's embeddings are.
+    def _backbone(self, device: torch.device, user: object | None = None) -> Backbone:
+        """The model without its head. One that this package loads is on the base's device, and is never moved.
 
-        Raises:
-            ValueError: The weights cannot be loaded, or `device` holds no values.
+        Models on devices where no living `user` has asked last are let go of.
         """
         if device.type == "meta":
             raise ValueError(
                 "The base's input embeddings must be on a device with values when it runs, got 'meta'. Load the "
                 "base's weights first."
             )
+        if self._given_backbone is not None:
+            return self._given_backbone
         with self.lock:
-            backbone = self._backbone
-            if backbone is None:
-                backbone = self._backbone = self._load()
-            if self.given is None and backbone.device != device:
-                nn.Module.to(backbone, device)
-            return backbone.eval()
+            if user is not None:
+                self._users[user] = device
+            needed = {device, *self._users.values()}
+            self._loaded = {where: backbone for where, backbone in self._loaded.items() if where in needed}
+            if device not in self._loaded:
+                self._loaded[device] = Backbone(self._load(device))
+            return self._loaded[device]
 
     def release(self) -> None:
         """Let go of weights that this package loaded; they are loaded again when the assistant runs again."""
         with self.lock:
-            if self.given is None:
-                self._backbone = self._run = None
+            self._loaded = {}
 
-    def _load(self) -> PreTrainedModel:
+    def _load(self, device: torch.device) -> PreTrainedModel:
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
             check_shards(self.name, self.revision)
@@ -167,11 +185,17 @@ class Assistant:
             ) from error
         backbone = backbone_of(model)
         backbone.requires_grad_(False)
+        nn.Module.to(backbone, device)
         return backbone
 
     @torch.no_grad()
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, num_thoughts: int, device: torch.device
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_thoughts: int,
+        device: torch.device,
+        user: object | None = None,
     ) -> Tensor:
         """Read prompts that end in thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]`.
 
@@ -180,6 +204,7 @@ class Assistant:
             attention_mask: `(B, P + N)`, 1 = attended.
             num_thoughts: N.
             device: Where the base's embeddings are; the result goes there.
+            user: Who asks: an object of the base, which keeps the model on `device` in memory while it lives.
 
         Returns:
             The last hidden states at the thought positions, `(B, N, H_assistant)`, in the assistant's dtype.
@@ -194,17 +219,13 @@ class Assistant:
                 f"{input_ids.shape[1] - num_thoughts} + {num_thoughts} tokens. Shorten the prompt or choose an "
                 "assistant with more positions."
             )
-        model = self.backbone(device)
-        # accelerate's hooks move the inputs of offloaded ones
-        at = device if model.device.type == "meta" else model.device
-        with torch.autocast(at.type, enabled=False):  # the same thoughts in training and inference
-            hidden = self._reading(model).last_states(input_ids.to(at), attention_mask.to(at), num_thoughts)
+        backbone = self._backbone(device, user)
+        where = backbone.model.device
+        at = device if where.type == "meta" else where  # accelerate's hooks move the inputs of offloaded ones
+        # the same thoughts in training and inference
+        with torch.autocast(at.type, enabled=False), evaluating(backbone.model):
+            hidden = backbone.last_states(input_ids.to(at), attention_mask.to(at), num_thoughts)
         return hidden.to(device)
-
-    def _reading(self, model: PreTrainedModel) -> Backbone:
-        if self._run is None or self._run.model is not model:
-            self._run = Backbone(model)
-        return self._run
 
 
 _given: dict[str, Assistant] = {}
@@ -216,8 +237,9 @@ def use_assistant(
 ) -> str:
     """Use an already loaded model wherever a config names it: quantised, placed, fine-tuned, or made in memory.
 
-    The model is not moved, cast or changed; it is put into eval mode when it runs. It is kept for the life of the
-    process, or until another one is given the same name. Adapters attached before keep the assistant they have.
+    The model is not moved, cast or changed; it runs in eval mode, and each of its modules has its own mode back
+    afterwards. It is kept for the life of the process, or until another one is given the same name. Adapters attached
+    before keep the assistant they have.
 
     Args:
         model: A causal LM with its head, or a PEFT model of one.
@@ -283,11 +305,6 @@ def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") 
 
     Only its config is read here. Remote code never runs and only safetensors weights are read, since the name may come
     from a stranger's adapter.
-
-    Args:
-        name: Hub id, folder, or name given to `use_assistant`.
-        revision: Commit, tag or branch; not looked at for a given assistant.
-        dtype: Dtype to load in, or "auto".
 
     Raises:
         ValueError: It cannot be found or is not a decoder LM.

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat import takes_positions
 from .placement import positions
 
+_lock = Lock()
+_evaluating: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # modules to put back, and who still needs them
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, and put every module back into its own mode afterwards.
+
+    Threads and models may share modules: the last one to leave puts a module back. Sets the flags alone, since a
+    module's own `train` may do more than that, such as unmerging weights.
+    """
+    with _lock:
+        modules = [module for module in model.modules() if module.training or module in _evaluating]
+        for module in modules:
+            _evaluating[module] = _evaluating.get(module, 0) + 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                _evaluating[module] -= 1
+                if not _evaluating[module]:
+                    del _evaluating[module]
+                    module.training = True
+
 
 class Backbone:
-    """A backbone, and what was found out about it.
-
-    Args:
-        model: The causal LM without its head.
-    """
+    """A backbone, and what was found out about it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -25,16 +51,7 @@ class Backbone:
         self._skips_padding: bool | None = None  # not known before there is padding
 
     def last_states(self, input_ids: Tensor, attention_mask: Tensor, num: int) -> Tensor:
-        """Last hidden states at the end of each row.
-
-        Args:
-            input_ids: `(B, L)` int64, left-padded.
-            attention_mask: `(B, L)`, 1 = attended.
-            num: How many columns from the end.
-
-        Returns:
-            `(B, num, H)`.
-        """
+        """The last `num` hidden states of each row, `(B, num, H)`, of left-padded ids and mask `(B, L)`."""
         if self._skips_padding is not True and (attention_mask == 0).any():
             if self._skips_padding is None:
                 self._skips_padding = self._try_padding(input_ids[attention_mask.sum(1).argmax()])
@@ -56,9 +73,6 @@ class Backbone:
         take padding into a recurrent state (RWKV, xLSTM, RecurrentGemma; transformers 5.23), and nothing in their
         config or signature tells. So it is tried once, on a row with its beginning masked: the hidden states of such
         models change by as much as they are large, those of the others by rounding, 1 % in bfloat16.
-
-        Args:
-            ids: `(L,)`, any text of at least two tokens.
         """
         row, start = ids[None], max(1, len(ids) // 4)
         mask = torch.ones_like(row)

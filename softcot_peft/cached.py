@@ -25,11 +25,6 @@ class ComputeThoughts:
     """The function for `dataset.map` that [`compute_thoughts`] makes.
 
     `datasets` names its cache after the pickle of this: all that decides its results, the same in every process.
-
-    Args:
-        thinker: The base's.
-        reader: The adapter's.
-        num_thoughts: N; `None`: as in training.
     """
 
     def __init__(self, thinker: Thinker, reader: PromptReader, num_thoughts: int | None) -> None:
@@ -52,10 +47,6 @@ class ComputeThoughts:
         Returns:
             `assistant_hidden_states`, a row's `N x H_assistant` numbers in the assistant's dtype (bfloat16 as
             float32); `thoughts_key`, int64; and `thoughts_fingerprint`, JSON.
-
-        Raises:
-            TypeError: The rows come one by one.
-            ValueError: There are no token ids, or the rows cannot carry thoughts.
         """
         inputs = _padded(batch)
         placement = self._thinker.locate(inputs, self._reader, self._fingerprint[N])

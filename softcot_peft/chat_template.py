@@ -48,7 +48,9 @@ def with_thought_tokens(
         tokenizer: The base's tokenizer, with a chat template.
         config: The adapter's config, with a `thought_token`.
         where: `"user_turn"`: at the end of the last user turn, the paper's place. `"generation_prompt"`: after the
-            generation prompt, when one is rendered.
+            generation prompt, when one is rendered. Rows that are rendered with their response (as TRL does) have none
+            and get no run: train with `placement="prompt_end"` there, which puts the thoughts in the same place, or
+            write the run into the training rows yourself.
 
     Returns:
         A copy; the tokenizer itself stays as it is.

@@ -44,15 +44,7 @@ def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor, column: 
 
 
 def take(values: Tensor, columns: Tensor) -> Tensor:
-    """Pick columns of every row: `values[b, columns[b, t]]`.
-
-    Args:
-        values: `(B, L, ...)`.
-        columns: `(B, T)` int64.
-
-    Returns:
-        `(B, T, ...)`.
-    """
+    """Pick columns of every row, `values[b, columns[b, t]]`: of `(B, L, ...)` by `(B, T)` to `(B, T, ...)`."""
     rows = torch.arange(values.shape[0], device=values.device)[:, None] * values.shape[1]
     picked = values.flatten(0, 1).index_select(0, (rows + columns.to(values.device)).flatten())
     return picked.unflatten(0, columns.shape)
@@ -61,13 +53,7 @@ def take(values: Tensor, columns: Tensor) -> Tensor:
 def insert_positions(position_ids: Tensor, start: Tensor, num: int) -> Tensor:
     """Give inserted columns the positions that follow, and move the later ones up.
 
-    Args:
-        position_ids: `(..., B or 1, L)`.
-        start: `(B,)`, at least 1.
-        num: How many columns are inserted.
-
-    Returns:
-        `(..., B, L + num)`.
+    From `(..., B or 1, L)` to `(..., B, L + num)`; `start` `(B,)` is at least 1.
     """
     position_ids = position_ids.expand(*position_ids.shape[:-2], start.shape[0], -1)
     length = position_ids.shape[-1]
@@ -147,13 +133,7 @@ def restore(
 
 
 def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
-    """Give each row the values of the distinct row that it repeats.
-
-    Args:
-        output: The output of a pass over distinct rows.
-        source: Which of them each row repeats, `(B,)`.
-        num: How many there are.
-    """
+    """Give each row the values of the distinct row that it repeats, `source` `(B,)`, one of `num`."""
 
     def change(tensor: Tensor, name: str) -> Tensor:
         return tensor[source.to(tensor.device)] if tensor.dim() > 1 and len(tensor) == num else tensor
@@ -162,13 +142,7 @@ def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
 
 
 def restore_keys(output: _T, start: Tensor, num: int) -> _T:
-    """Drop thought positions from the key columns of attentions in a decoding step's output.
-
-    Args:
-        output: The output of a step in which the base saw no thought positions but attended to earlier ones.
-        start: Column of the first inserted one, per row, `(B,)`.
-        num: N, how many were inserted.
-    """
+    """Drop thought positions from the key columns of attentions in the output of a step after the thoughts."""
 
     def change(tensor: Tensor, name: str) -> Tensor:
         if tensor.dim() != 4 or tensor.shape[0] != start.shape[0]:

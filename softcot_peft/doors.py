@@ -20,11 +20,6 @@ class Replaced:
     """A method of a model instance that is led through a function of ours.
 
     Written as a class so that models can still be pickled and copied: nothing bound is stored but the model.
-
-    Args:
-        model: The model.
-        name: Name of the method.
-        function: Called as `function(original, *args, **kwargs)`.
     """
 
     def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -59,15 +54,7 @@ class Replaced:
 
 
 def close(model: PreTrainedModel, layer: SoftCoTLayer) -> list[Replaced]:
-    """Refuse the methods that cannot carry thoughts.
-
-    Args:
-        model: The base.
-        layer: Its wrapped input embedding.
-
-    Returns:
-        The replaced methods.
-    """
+    """Refuse the methods that cannot carry thoughts; returns them as replaced."""
     refused = [
         Replaced(model, name, functools.partial(_unless_active, layer, name))
         for name in _BATCHING

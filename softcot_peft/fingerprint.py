@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from ._compat import is_whole, tokenizer_state
 from .assistant import Assistant
-from .reader import PromptReader
+from .reader import DATE, PromptReader
 
 _FORMAT = 1  # of keys and columns
 _SAMPLES = 64  # of each tensor
@@ -22,18 +22,14 @@ N = "num_thought_tokens"
 
 
 def fingerprint(reader: PromptReader, num_thoughts: int | None) -> dict[str, Any]:
-    """What the hidden states of an adapter's assistant depend on: the assistant, what it reads, and N.
+    """What the hidden states of an adapter's assistant depend on: the assistant, what it reads, and N if it is known.
 
-    Args:
-        reader: The adapter's.
-        num_thoughts: N; `None`: not known yet.
-
-    Returns:
-        Numbers and texts, large ones as digests; the same in every process.
+    Numbers and texts, large ones as digests; the same in every process.
     """
     assistant, own = reader.assistant, reader.base_tokenizer
     weights = _weights(assistant)
     return {
+        **_reads_otherwise(reader),
         "format": _FORMAT,
         "assistant": Path(assistant.name).name if _is_folder(assistant) else assistant.name,
         **weights,
@@ -52,15 +48,7 @@ def written(found: Mapping[str, Any]) -> str:
 
 
 def refuse_stale(stored: Iterable[Mapping[str, Any]], reader: PromptReader) -> None:
-    """Refuse thoughts that are not those of an adapter.
-
-    Args:
-        stored: Fingerprints of the thoughts.
-        reader: The adapter's.
-
-    Raises:
-        ValueError: They differ; the message says in what.
-    """
+    """Refuse thoughts whose fingerprints are not those of an adapter, and say what differs."""
     config, now = reader.config, fingerprint(reader, None)
     wanted = {config.num_thought_tokens, config.inference_num_thought_tokens}
     for found in stored:
@@ -74,6 +62,19 @@ def refuse_stale(stored: Iterable[Mapping[str, Any]], reader: PromptReader) -> N
                 "Compute them again with `dataset.map(compute_thoughts(model), batched=True, batch_size=16)`, or "
                 "attach the adapter that they are for."
             )
+
+
+def _reads_otherwise(reader: PromptReader) -> dict[str, Any]:
+    """What is read otherwise than by 0.1.0, which wrote no such fields."""
+    template = None if reader.config.assistant_prompt is None else reader.assistant.tokenizer.chat_template
+    found: dict[str, Any] = {}
+    if getattr(reader.base_tokenizer, "clean_up_tokenization_spaces", False):
+        found["clean_up_tokenization_spaces"] = False
+    if "strftime_now" in str(template):
+        found["assistant_date"] = DATE
+    if reader.in_parts:
+        found["assistant_content"] = "parts"
+    return found
 
 
 def _is_folder(assistant: Assistant) -> bool:

@@ -85,13 +85,10 @@ class HeadLoss:
         self._loss: Tensor | None = None
 
     def stand_in(self, hidden: Tensor) -> Tensor:
-        """Compute the loss, and leave nothing for the head to do; the head itself goes on as ever when it is called.
+        """Compute the loss in the place of the head, which is left nothing to do.
 
-        Args:
-            hidden: What the head is called with, `(B, W, H)`.
-
-        Returns:
-            What it is to read: `(B, 0, H)` the first time, and what it is given afterwards.
+        Takes what the head is called with, `(B, W, H)`; returns what it is to read: `(B, 0, H)` the first time, later
+        what it is given.
         """
         if self._called:  # also by the loss itself, piece by piece
             return hidden

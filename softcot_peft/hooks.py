@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import CACHE_NAME, argument_names, cache_length, find_cache, takes_positions, uncompiled
-from .caches import recall, remember
+from .caches import check_room, recall, remember
 from .columns import repeat_rows, restore, restore_keys
 from .doors import Replaced, backbones, close, refuse_backbone
 from .generation import RUNNING, Generation, generate, prepare_cache
@@ -32,31 +32,22 @@ from .two_passes import Rows, TwoPasses
 
 @dataclass(frozen=True)
 class Pass:
-    """A running forward pass of a base, from the pre-hook to the forward hook.
+    """A running forward pass of a base, from the pre-hook to the forward hook."""
 
-    Args:
-        model: The base.
-        length: The caller's columns in this pass.
-        placement: Where the thoughts stand; `None` in a chunk of the prompt before them.
-        writing: What the embedding layer writes; `None` when thoughts are in the cache or in the embeddings passed.
-        places: Whether the thought positions are among this pass's columns.
-        kept: The caller's columns whose logits were asked for, when both of their possible rows were computed.
-        last_rows: Whether only the last rows of logits were asked for.
-        repeats: Which of this pass's rows each row of the caller's repeats, `(B,)`; `None` where all are the caller's.
-        divided: The rows of a training step whose prompts were run before; `None` in all other passes.
-        outer: The pass that was running before.
-    """
-
-    model: nn.Module
-    length: int
-    placement: Placement | None = None
+    model: nn.Module  # the base
+    length: int  # the caller's columns in this pass
+    placement: Placement | None = None  # where the thoughts stand; `None` in a chunk of the prompt before them
+    # What the embedding layer writes; `None` when thoughts are in the cache or in the embeddings passed.
     writing: Writing | None = None
-    places: bool = False
+    places: bool = False  # whether the thought positions are among this pass's columns
+    # The caller's columns whose logits were asked for, when both of their possible rows were computed.
     kept: Tensor | None = None
-    last_rows: bool = False
+    last_rows: bool = False  # whether only the last rows of logits were asked for
+    # Which of this pass's rows each row of the caller's repeats, `(B,)`; `None` where all are the caller's.
     repeats: Tensor | None = None
+    # The rows of a training step whose prompts were run before; `None` in all other passes.
     divided: Rows | None = None
-    outer: Pass | None = None
+    outer: Pass | None = None  # the pass that was running before
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("softcot_pass", default=None)
@@ -66,11 +57,6 @@ class ThoughtHooks:
     """The hooks and the `generate` of one base, installed once and shared by all of its SoftCoT adapters.
 
     Compilers run the hooks as they are: they think once a prompt, and their state is that of a thread.
-
-    Args:
-        model: The base.
-        layer: Its wrapped input embedding.
-        loading: Stands before the loading of weights by transformers' `load_adapter`, as `weights.load_checked` does.
     """
 
     def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer, loading: Callable[..., Any]) -> None:
@@ -144,7 +130,7 @@ class ThoughtHooks:
         cache, generation = find_cache(inputs), RUNNING.get()
         if reader is None:
             if cache is not None:
-                recall(cache, None)
+                recall(cache, None, inputs)
             if not any(name in kwargs for name in forward_inputs.OWN_NAMES):
                 return None
             forward_inputs.pop_own(kwargs)
@@ -152,7 +138,7 @@ class ThoughtHooks:
         if generation is not None and generation.model is model:
             running = self._generation_pass(generation, inputs, reader, cache)
         elif cache_length(cache) > 0:
-            placement = recall(cache, self.layer.active_name())
+            placement = recall(cache, self.layer.active_name(), inputs)
             self._refuse_late_run(inputs, reader)
             running = self._next_tokens(inputs, placement, cache)
         else:
@@ -182,7 +168,7 @@ class ThoughtHooks:
         if running.places and (generation is None or generation.model is not model):
             cache = find_cache(output)
             if cache is not None and not isinstance(cache, (Tensor, tuple, list)):
-                remember(cache, placement, str(self.layer.active_name()))
+                remember(cache, placement, str(self.layer.active_name()), running.length)
         return self._in_line(output, running, placement)
 
     def _in_line(self, output: Any, running: Pass, placement: Placement) -> Any:
@@ -213,6 +199,8 @@ class ThoughtHooks:
         own = forward_inputs.pop_own(inputs)
         forward_inputs.check(inputs, own)
         placement = self.thinker.locate(inputs, reader)
+        length = forward_inputs.tokens(inputs).shape[1]
+        check_room(self.model, find_cache(inputs), inputs, length, placement.num_inserted)
         self._warn_unread(inputs, placement)
         if placement.late:
             forward_inputs.drop_early_labels(inputs, placement)
@@ -296,6 +284,8 @@ class ThoughtHooks:
         batch, length = forward_inputs.tokens(inputs).shape[:2]
         thoughts = None if inputs.get("inputs_embeds") is None else self.layer.soft_thoughts(hidden)
         kept, last_rows = forward_inputs.place(inputs, placement, thoughts, self.thinker.filler(reader), seen)
+        columns = seen + length + placement.num_inserted
+        check_room(self.model, find_cache(inputs), inputs, columns)
         start, writing = placement.start - seen, None
         if thoughts is None:
             writing = Writing(self.layer, hidden, start, torch.Size((batch, length + placement.num_inserted)))
@@ -344,7 +334,7 @@ class ThoughtHooks:
         if placement is None:
             raise RuntimeError("A pass after the prompt needs the prompt's placement.")
         forward_inputs.pop_own(inputs)
-        batch, length = forward_inputs.tokens(inputs).shape[:2]
-        placement = placement.expand(batch)
+        length = forward_inputs.tokens(inputs).shape[1]
         forward_inputs.move_up(inputs, placement, cache, self.takes_positions)
+        check_room(self.model, cache, inputs, cache_length(cache) + length)
         return Pass(self.model, length, placement)

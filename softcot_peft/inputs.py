@@ -5,6 +5,7 @@ Works on a dict of arguments by name, in place. Knows the names that transformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,24 +35,19 @@ def pop_own(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
 
 
 def tokens(inputs: dict[str, Any]) -> Tensor:
-    """The tensor that says how many rows and columns a pass has: ids `(B, L)` or embeddings `(B, L, H)`.
-
-    Raises:
-        ValueError: There is neither.
-    """
+    """The tensor that says how many rows and columns a pass has: ids `(B, L)` or embeddings `(B, L, H)`."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(inputs.get(name), Tensor):
             found: Tensor = inputs[name]
             return found
-    raise ValueError("`input_ids` must be given, got none. Pass the tokenized prompts.")
+    raise ValueError(
+        "`input_ids` must be given, got none. Pass the tokenized prompts; an empty text has none in a pipeline, and "
+        "thoughts need a prompt before them."
+    )
 
 
 def check_adapter_names(names: list[str] | None) -> None:
-    """Refuse a batch whose rows ask for adapters of their own.
-
-    Raises:
-        ValueError: Names are given.
-    """
+    """Refuse a batch whose rows ask for adapters of their own."""
     if names is not None:
         raise ValueError(
             "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the rows "
@@ -60,21 +56,16 @@ def check_adapter_names(names: list[str] | None) -> None:
 
 
 def check(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
-    """Refuse arguments that cannot carry thoughts.
-
-    Args:
-        inputs: The forward's arguments.
-        own: The caller's own assistant input.
-
-    Raises:
-        TypeError: An argument is no tensor, or holds numbers of the wrong type.
-        ValueError: Embeddings without a prompt for the assistant, a packed batch, a mask that is no padding mask, or
-            `adapter_names`.
-    """
+    """Refuse arguments of a forward, and the caller's `own` assistant input, that cannot carry thoughts."""
     check_adapter_names(inputs.get("adapter_names"))  # the bare base would take and ignore it
     given = {**inputs, **own}
     for name, kinds in _KINDS.items():
         value = given.get(name)
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"`{name}` must be a tensor, got {type(value).__name__}. Unpack it: `model(**inputs)` or "
+                "`generate(**inputs)`."
+            )
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}. Pass the tokenizer's.")
         if value is not None and kinds and value.dtype not in kinds:
@@ -205,14 +196,7 @@ def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:
 
 
 def move_up(inputs: dict[str, Any], placement: Placement, cache: Any, takes_positions: bool) -> None:
-    """Move mask and positions of the next tokens up, after a cache that holds the thoughts.
-
-    Args:
-        inputs: The forward's arguments.
-        placement: Where the thoughts stand in the rows.
-        cache: The cache.
-        takes_positions: Whether the model wants to be told `position_ids`.
-    """
+    """Move mask and positions of the next tokens up, after a cache that holds the thoughts."""
     length = tokens(inputs).shape[1]
     mask = inputs.get("attention_mask")
     if placement.inserted:
@@ -246,11 +230,8 @@ def _keep_logits(inputs: dict[str, Any], placement: Placement, length: int) -> t
 def _placed_mask(mask: Any, placement: Placement, length: int) -> Tensor:
     """The mask `(B, length + N)` that the base sees.
 
-    Args:
-        mask: The caller's mask `(B, length)`. Anything else, such as the ready-made masks that `generate` computes for
-            caches of a fixed size, is replaced by the prompts' mask followed by attended tokens.
-        placement: Where the thoughts stand.
-        length: The caller's columns so far; not needed with the caller's mask.
+    Anything but a padding mask, such as the ready-made masks that `generate` computes for caches of a fixed size, is
+    replaced by the prompts' mask followed by attended tokens.
     """
     if not is_padding_mask(mask):
         start, mask = placement.start, placement.attention_mask

@@ -22,20 +22,14 @@ class Writing:
 
     The layer projects within its own forward: that is where engines that shard or offload weights bring its weights
     in (FSDP2 gathers them there, accelerate loads them there).
-
-    Args:
-        layer: The layer that writes.
-        hidden: The assistant's hidden states at the thought positions, `(B, N, H_assistant)`.
-        start: Column of the first thought within this pass, `(B,)`; negative when earlier columns were passed before.
-        shape: Shape `(B, L)` of the ids that carry them; ids of another shape are looked up as they are.
-        done: Whether they were written.
     """
 
-    layer: SoftCoTLayer
-    hidden: Tensor
+    layer: SoftCoTLayer  # the layer that writes
+    hidden: Tensor  # the assistant's hidden states at the thought positions, `(B, N, H_assistant)`
+    # Column of the first thought within this pass, `(B,)`; negative when earlier columns were passed before.
     start: Tensor
-    shape: torch.Size
-    done: bool = False
+    shape: torch.Size  # shape `(B, L)` of the ids that carry them; ids of another shape are looked up as they are
+    done: bool = False  # whether they were written
 
 
 # Per thread, so that threads can share a model.
@@ -43,11 +37,7 @@ WRITING: ContextVar[Writing | None] = ContextVar("softcot_writing", default=None
 
 
 class SoftCoTLayer(nn.Module, BaseTunerLayer):
-    """Input embedding of a base with the projections of its SoftCoT adapters.
-
-    Args:
-        base_layer: The input embedding, ids `(B, L)` to `(B, L, H_base)`.
-    """
+    """Input embedding of a base with the projections of its SoftCoT adapters."""
 
     adapter_layer_names = ("softcot_projection",)
     other_param_names = ("softcot_reader",)
@@ -74,12 +64,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return self.base_layer.num_embeddings if isinstance(self.base_layer, nn.Embedding) else None
 
     def update_layer(self, adapter_name: str, reader: PromptReader) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: Its name.
-            reader: Makes the assistant's input for it.
-        """
+        """Add an adapter, whose `reader` makes the assistant's input."""
         config = reader.config
         self.softcot_projection[adapter_name] = ThoughtProjection(
             reader.assistant.hidden_size, self.base_hidden_size, config.init_weights
@@ -102,11 +87,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             projection.to(device)
 
     def active_name(self) -> str | None:
-        """Name of the active adapter; `None` when adapters are disabled or there is none.
-
-        Raises:
-            ValueError: Several adapters are active.
-        """
+        """Name of the active adapter; `None` when adapters are disabled or there is none."""
         names = self._active_names()
         if self.disable_adapters or not names:
             return None
@@ -117,11 +98,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return names[0]
 
     def active_reader(self) -> PromptReader | None:
-        """The reader of the active adapter; `None` when adapters are disabled or there is none.
-
-        Raises:
-            ValueError: Several adapters are active.
-        """
+        """The reader of the active adapter; `None` when adapters are disabled or there is none."""
         name = self.active_name()
         return None if name is None else self.softcot_reader[name]
 
@@ -143,11 +120,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return projected
 
     def check_trains(self) -> None:
-        """Refuse to train a projection that is offloaded: accelerate drops the copy that gets the gradients.
-
-        Raises:
-            RuntimeError: It is.
-        """
+        """Refuse to train a projection that is offloaded: accelerate drops the copy that gets the gradients."""
         (name,) = self._active_names()
         weight = self.softcot_projection[name].weight
         if weight.device.type == "meta" and weight.requires_grad and torch.is_grad_enabled():
@@ -157,16 +130,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             )
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Look ids up, then write the soft thoughts of the running forward pass, if any, out of place.
-
-        Args:
-            input_ids: `(B, L)` int64.
-            *args: As the base's embedding takes them.
-            **kwargs: As the base's embedding takes them.
-
-        Returns:
-            `(B, L, H_base)` in the base's dtype.
-        """
+        """Look ids `(B, L)` up, and write the soft thoughts of the running pass, if any: `(B, L, H_base)`."""
         embeddings: Tensor = self.base_layer(input_ids, *args, **kwargs)
         return self._write(embeddings, input_ids.shape)
 

@@ -15,9 +15,6 @@ from torch import Tensor
 STATES, KEY, FINGERPRINT = "assistant_hidden_states", "thoughts_key", "thoughts_fingerprint"  # columns
 COLUMNS = (STATES, KEY, FINGERPRINT)
 _ODD = -7046029254386353131  # 2^64 / golden ratio, the odd number that spreads small ones best; as a signed number
-_NOISE = 0.05  # of the norm: one prompt beside another padding; rounding makes 1 % in bfloat16
-_BEGINNING = 256  # numbers of a row; the first thought has read the whole prompt
-_CHUNK = 256  # rows that are compared at once
 
 
 def prompt_keys(prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
@@ -71,10 +68,6 @@ class _Columns:
         """Hidden states of some rows, `(B, ...)`."""
         return self.states[rows]
 
-    def begin(self, rows: Tensor) -> Tensor:
-        """How the hidden states of some rows begin, `(B, at most _BEGINNING)`."""
-        return self.take(rows).flatten(1)[:, :_BEGINNING]
-
 
 class _Dataset:
     """A data set of Hugging Face `datasets`: hidden states stay on disk, mapped into memory, until they are asked for.
@@ -92,11 +85,6 @@ class _Dataset:
         """Hidden states of some rows, `(B, N x H)`, in memory of their own."""
         chunks = self.states[rows.tolist()].column(STATES).chunks  # of the file, not copied yet
         return torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])).view(len(rows), -1)
-
-    def begin(self, rows: Tensor) -> Tensor:
-        """How the hidden states of some rows begin, `(B, at most _BEGINNING)`; no more of them is read."""
-        column = self.states[rows.tolist()].column(STATES)
-        return torch.from_numpy(np.stack([row.values[:_BEGINNING].to_numpy() for row in column]))
 
 
 class ThoughtLookup:
@@ -129,7 +117,6 @@ class ThoughtLookup:
             raise ValueError(f"`dataset` must hold rows, got none. {remedy}")
         self.keys, self._order = self._rows.keys.sort(stable=True)
         self._warned = False
-        self._refuse_collisions()
 
     @property
     def fingerprints(self) -> list[dict[str, Any]]:
@@ -173,20 +160,6 @@ class ThoughtLookup:
             "tokens and number of thoughts; if not, add them to it, or call `use_thoughts(model, None)`.",
             stacklevel=2,
         )
-
-    def _refuse_collisions(self) -> None:
-        """Refuse one key for different thoughts; a prompt that comes several times has one key for the same ones."""
-        equal = (self.keys[1:] == self.keys[:-1]).nonzero()[:, 0]
-        for same in equal.split(_CHUNK) if len(equal) else ():  # nothing splits into one piece of nothing
-            one, other = (self._rows.begin(self._order[rows]).float() for rows in (same, same + 1))
-            differ = (one - other).norm(dim=1) > _NOISE * one.norm(dim=1)
-            if differ.any():
-                rows = self._order[same[differ][0] :][:2].tolist()
-                raise ValueError(
-                    f"`dataset` must hold one list of thoughts for each `{KEY}`, but rows {rows} share one and differ."
-                    " Compute their thoughts again; if that does not help, two prompts have the same key by chance: "
-                    "leave one of them out."
-                )
 
 
 def _nothing() -> None:

@@ -152,7 +152,7 @@ class SoftCoTModel(BaseTuner):
         assistant = find_assistant(name, config.assistant_revision, config.assistant_dtype)
         layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(_plain(target))
         _check_sizes(config, assistant.hidden_size, layer.base_hidden_size)
-        reader = make_reader(config, assistant, self.model.name_or_path)
+        reader = make_reader(config, assistant, self.model.name_or_path, layer.vocabulary)
         layer.update_layer(adapter_name, reader)
         # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
         # has offloaded it, and nothing would bring the adapter back.
@@ -188,7 +188,9 @@ class SoftCoTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self.model.__dict__.pop(_HOOKS).remove()
+        hooks = self.model.__dict__.pop(_HOOKS, None)
+        if hooks is not None:  # not unloaded before
+            hooks.remove()
         device_map_of(self.model).pop(f"{self._embedding_name}.{_PROJECTION}", None)
         return self.model
 

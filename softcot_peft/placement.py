@@ -14,30 +14,19 @@ IGNORED = -100  # the label that transformers' losses skip
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the thoughts of a batch stand.
+    """Where the thoughts of a batch stand."""
 
-    Args:
-        start: Column of the first thought, per row, `(B,)` int64. The same number in both coordinate systems.
-        num_thoughts: N.
-        inserted: Whether the thought positions are added to the caller's columns (automatic placement) or are already
-            among them (a run of thought tokens).
-        attention_mask: The caller's mask `(B, L)`, or `None` where every token is attended.
-        padded: Whether any token is not attended.
-        latest: The largest `start`, on the host.
-        earliest: The smallest, on the host.
-        reach: The most columns from a row's `start` to behind its last attended or labelled token, on the host.
-        late: Whether labels stand before the thoughts, which no loss may count.
-    """
-
-    start: Tensor
-    num_thoughts: int
+    start: Tensor  # column of the first thought, per row, `(B,)` int64. The same number in both coordinate systems
+    num_thoughts: int  # N
+    # Whether the thought positions are added to the caller's columns (automatic placement) or are already among them
+    # (a run of thought tokens).
     inserted: bool
-    attention_mask: Tensor | None
-    padded: bool
-    latest: int
-    earliest: int
-    reach: int = 0
-    late: bool = False
+    attention_mask: Tensor | None  # the caller's mask `(B, L)`, or `None` where every token is attended
+    padded: bool  # whether any token is not attended
+    latest: int  # the largest `start`, on the host
+    earliest: int  # the smallest, on the host
+    reach: int = 0  # the most columns from a row's `start` to behind its last attended or labelled token, on the host
+    late: bool = False  # whether labels stand before the thoughts, which no loss may count
 
     @property
     def column(self) -> int | None:
@@ -57,11 +46,7 @@ class Placement:
         return replace(self, start=self.start - seen, earliest=earliest, latest=latest)
 
     def expand(self, rows: int) -> Placement:
-        """Repeat every row for its beams or returned sequences.
-
-        Args:
-            rows: Number of rows wanted, a multiple of B; the copies of a row stand next to each other.
-        """
+        """Repeat every row for its beams or returned sequences, which stand next to each other."""
         times = rows // self.start.shape[0]
         if times == 1:
             return self
@@ -173,11 +158,18 @@ def locate(
                 "`attention_mask` must not hide the run of `thought_token`, but is 0 wherever `input_ids` hold it. "
                 "Pass the tokenizer's mask: without one, `generate` hides the padding token, perhaps the same token."
             )
+        remedy = (
+            "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
+            "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
+            if labels is None
+            else "Let the chat template of `with_thought_tokens` write it, or write it yourself. With "
+            "`where='generation_prompt'` the template writes none into rows that are rendered with their response, as "
+            "TRL does: train with `placement='prompt_end'`, which puts the thoughts in the same place, or use "
+            "`where='user_turn'`."
+        )
         raise ValueError(
             "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. "
-            "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
-            "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter; with "
-            "`where='generation_prompt'` it writes none where the response is part of the text)."
+            f"{remedy}"
         )
     num = num_run or num_thoughts
     return Placement(start, num, not num_run, attention_mask, bool(padded), latest, earliest, reach, bool(late))
@@ -252,20 +244,13 @@ def _explain_ids(name: str, input_ids: Tensor, vocabulary: int | None, shared_vo
         )
     return (
         f"`assistant_shares_tokenizer` feeds the prompt's ids to the assistant, which has {shared_vocabulary}, "
-        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again."
+        f"but `input_ids` hold {most}. Set it to False, so that prompts are decoded and encoded again; if "
+        "they were added in memory, call `use_tokenizer(tokenizer)` before the adapter is attached."
     )
 
 
 def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Refuse rows that hold several sequences.
-
-    Args:
-        position_ids: `(B, L)` or more leading dimensions, or `None`.
-        attention_mask: `(B, L)`, or `None` where every token is attended.
-
-    Raises:
-        ValueError: Positions start again within the attended part of a row.
-    """
+    """Refuse rows whose position ids `(..., L)` start again within their attended part: several sequences in one."""
     if position_ids is None or position_ids.shape[-1] < 2:
         return
     restarts = position_ids[..., 1:] < position_ids[..., :-1]
@@ -294,12 +279,7 @@ def trailing(attention_mask: Tensor) -> Tensor:
 
 
 def align_left(values: Tensor, attention_mask: Tensor) -> Tensor:
-    """Roll every row so that its last attended token comes last, as left padding has it.
-
-    Args:
-        values: `(B, L, ...)`.
-        attention_mask: `(B, L)`.
-    """
+    """Roll every row so that its last attended token comes last, as left padding has it."""
     length = values.shape[1]
     columns = torch.arange(length, device=values.device)
     return take(values, (columns - trailing(attention_mask).to(values.device)[:, None]) % length)

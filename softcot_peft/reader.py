@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,30 +14,37 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ._compat import is_empty
-from .assistant import Assistant
+from .assistant import Assistant, missing_folder
 from .config import SoftCoTConfig
 from .lookup import ThoughtLookup
+
+# What chat templates write as today's date: the day that Llama 3.2's falls back to. A macro takes the place of
+# transformers' function, since whatever a template is given becomes data (5.23).
+DATE = "2024-07-26"
+_DIRECTIVES = f"""%F {DATE} %Y 2024 %y 24 %m 07 %-m 7 %B July %b Jul %d 26 %-d 26 %e 26 %A Friday %a Fri %j 208
+    %T 00:00:00 %H 00 %-H 0 %I 12 %-I 12 %p AM %M 00 %S 00""".split()
+_WRITTEN = "".join(map(" | replace('{}', '{}')".format, _DIRECTIVES[::2], _DIRECTIVES[1::2]))
+_FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_WRITTEN} }}}}{{% endmacro %}}\n"
+
+# A user's turn that shows whether a chat template changes, cuts or drops any of it.
+_PROBE = " \"Is 3 < 4 && x_1 == 'é'?\" <b>No:</b>\n\n\t- {{ a }} \\n\n" + "  Tom has 12 apples, and eats 7.\n" * 300
+_RARE = "\N{CUNEIFORM SIGN A}"  # which only tokenizers of bytes have tokens for
+_OTHER = "Give another one with `use_assistant(model, tokenizer, name=...)`"
 
 
 @dataclass
 class PromptReader:
-    """What one adapter needs to make the assistant's input.
+    """What one adapter needs to make the assistant's input."""
 
-    Args:
-        config: The adapter's config.
-        assistant: The assistant.
-        base_tokenizer: The base's tokenizer, or `None` where the prompt's ids are fed as they are.
-        thought_token_id: Id of `thought_token` in the base's vocabulary, or `None`.
-        assistant_thought_token_id: What stands at the thought positions of the assistant's input.
-        lookup: Where the assistant's hidden states are looked up before it runs, or `None`.
-    """
-
-    config: SoftCoTConfig
-    assistant: Assistant
+    config: SoftCoTConfig  # the adapter's config
+    assistant: Assistant  # the assistant
+    # The base's tokenizer, or `None` where the prompt's ids are fed as they are.
     base_tokenizer: PreTrainedTokenizerBase | None
-    thought_token_id: int | None
-    assistant_thought_token_id: int
-    lookup: ThoughtLookup | None = None
+    thought_token_id: int | None  # id of `thought_token` in the base's vocabulary, or `None`
+    assistant_thought_token_id: int  # what stands at the thought positions of the assistant's input
+    lookup: ThoughtLookup | None = None  # where the assistant's hidden states are looked up before it runs, or `None`
+    in_parts: bool = False  # whether the assistant's chat template takes content as a list of parts
+    _warned: bool = field(default=False, init=False, repr=False)
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> tuple[Tensor, Tensor]:
         """Make the assistant's input from the prompts of a batch.
@@ -45,48 +56,114 @@ class PromptReader:
 
         Returns:
             Ids and mask, both `(B, P' + N)`, left-padded, the last N columns being the thought positions.
+
+        Raises:
+            ValueError: Part of a prompt cannot be read, or has no embedding.
         """
         if self.base_tokenizer is not None:
-            texts = self._decode(prompt_ids, prompt_mask)
+            texts = self._decode(self.base_tokenizer, prompt_ids, prompt_mask)
             with self.assistant.lock:
                 prompt_ids, prompt_mask = self._encode(texts, num_thoughts)
+        elif len(self._known) < self._num_known:  # some are missing in between, which `shared_vocabulary` does not say
+            self._check_known(self.assistant.tokenizer, _rows(prompt_ids, prompt_mask))
         size = (prompt_ids.shape[0], num_thoughts)
         thoughts = prompt_ids.new_full(size, self.assistant_thought_token_id)
         return torch.cat([prompt_ids, thoughts], 1), torch.cat([prompt_mask, prompt_mask.new_ones(size)], 1)
 
-    def _decode(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+    @property
+    def shared_vocabulary(self) -> int | None:
+        """How many ids of the base the assistant knows and has embeddings for; `None` where it reads text."""
+        return None if self.base_tokenizer is not None else min(self.assistant.vocabulary, self._num_known)
+
+    @cached_property
+    def _known(self) -> frozenset[int]:
+        """The prompt's ids that can be read: by the base's tokenizer, or by the assistant where it reads ids."""
+        tokenizer = self.assistant.tokenizer if self.base_tokenizer is None else self.base_tokenizer
+        return frozenset(tokenizer.get_vocab().values())
+
+    @cached_property
+    def _num_known(self) -> int:
+        return max(self._known) + 1
+
+    def _check_known(self, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> None:
+        """Refuse ids that a tokenizer has no token for, which would be left out of the text."""
+        found = set().union(*rows)
+        if not found <= self._known:
+            self.__dict__.pop("_known", None)  # tokens may have been added since
+        if unknown := sorted(found - self._known):
+            raise ValueError(
+                f"`input_ids` must be known to the tokenizer that reads the prompts, {tokenizer.name_or_path!r}, got "
+                f"{unknown[:5]}, which it has no token for. If they are tokens added in memory, call "
+                "`use_tokenizer(tokenizer)` before the adapter is attached; or save the tokenizer, and set "
+                "`tokenizer_name_or_path` to its folder."
+            )
+
+    def _decode(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
         """The prompts' text, without the base's special tokens."""
-        tokenizer = self.base_tokenizer
-        if tokenizer is None:
-            raise RuntimeError("The prompt's ids are fed as they are; there is nothing to decode.")
-        rows = prompt_ids[prompt_mask.bool()].split(prompt_mask.sum(1).tolist())
-        return tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+        rows = _rows(prompt_ids, prompt_mask)
+        self._check_known(tokenizer, rows)
+        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode(self, texts: list[str], num_thoughts: int) -> tuple[Tensor, Tensor]:
         """Tokenize for the assistant, through the template and its chat template, and pad on the left."""
-        tokenizer = self.assistant.tokenizer
+        tokenizer, limit = self.assistant.tokenizer, self.assistant.vocabulary
         special = list(tokenizer.get_added_vocab())
-        rendered = [self._render(text, num_thoughts) for text in texts]
-        rows = list(tokenizer(rendered, add_special_tokens=not self._chats)["input_ids"])
+        rows = self._ids([self._render(text, num_thoughts) for text in texts], add_special_tokens=not self._chats)
         for row, text in enumerate(texts):
             if any(token in text for token in special):
                 rows[row] = self._encode_spelled(text, num_thoughts)
         if not self._chats:
             end = _num_end_tokens(tokenizer)
             rows = [row[: len(row) - end] for row in rows]
+        if (largest := max(map(max, filter(None, rows)), default=0)) >= limit:
+            raise ValueError(
+                f"The assistant must have an embedding for every token of its tokenizer, but {self.assistant.name!r} "
+                f"has {limit}, and the prompts hold id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). Give "
+                "the tokenizer that it was trained with to `use_assistant(model, tokenizer, name=...)`."
+            )
+        self._warn_of_lost(texts)
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        padding = tokenizer.pad_token_id  # masked, so that any id that has an embedding will do
+        padding = padding if padding is not None and padding < limit else 0
         return (
             pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"),
             pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left"),
         )
+
+    def _ids(self, texts: list[str], **options: bool) -> list[list[int]]:
+        """Ids of whole texts, whatever padding and truncation the tokenizer was saved with."""
+        return list(self.assistant.tokenizer(texts, padding=False, truncation=False, **options)["input_ids"])
+
+    def _warn_of_lost(self, texts: list[str]) -> None:
+        """Say once which words the assistant's tokenizer has no tokens for."""
+        if self._warned or not self._can_lose:
+            return
+        if lost := self._lost(dict.fromkeys(word for text in texts for word in text.split())):
+            self._warned = True
+            words = [word[:30] for word in lost[:10]]
+            warnings.warn(
+                f"The tokenizer of the assistant {self.assistant.name!r} has no tokens for {words}, so that the "
+                "assistant reads prompts without them. Other prompts may lose words without another warning. Choose "
+                "an assistant whose tokenizer knows the language and the symbols of the prompts.",
+                stacklevel=2,
+            )
+
+    @cached_property
+    def _can_lose(self) -> bool:
+        return bool(self._lost([_RARE]))
+
+    def _lost(self, words: Iterable[str]) -> list[str]:
+        """Words that the assistant's tokenizer drops or makes unknown tokens of."""
+        words, unknown = list(words), self.assistant.tokenizer.unk_token_id
+        rows = self._ids(words, add_special_tokens=False, split_special_tokens=True) if words else []
+        return [word for word, row in zip(words, rows, strict=True) if not row or unknown in row]
 
     @property
     def _chats(self) -> bool:
         """Whether the assistant reads a user turn of its chat template, which writes special tokens itself."""
         return self.config.assistant_prompt is not None and self.assistant.tokenizer.chat_template is not None
 
-    def _render(self, text: str, num_thoughts: int) -> str:
+    def _render(self, text: str, num_thoughts: int, once: bool = False) -> str:
         """The text that the assistant reads for a prompt, up to where its answer begins."""
         template = self.config.assistant_prompt
         if template is not None:
@@ -94,81 +171,162 @@ class PromptReader:
             text = template.replace("{prompt}", text)
         if not self._chats:
             return text
-        message = [{"role": "user", "content": text}]
-        tokenizer = self.assistant.tokenizer
+        content: Any = [{"type": "text", "text": text}] if self.in_parts else text
+        message, tokenizer = [{"role": "user", "content": content}], self.assistant.tokenizer
         try:
-            return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+            chat = tokenizer.get_chat_template()
+            chat = _FIXED_DATE + chat if "strftime_now" in chat else chat
+            rendered = str(
+                tokenizer.apply_chat_template(message, chat_template=chat, add_generation_prompt=True, tokenize=False)
+            )
         except Exception as error:  # templates come with assistants, and run in transformers' sandbox
             raise ValueError(
-                f"The chat template of the assistant {self.assistant.name!r} cannot be rendered: {error} Give another "
-                "one with `use_assistant(model, tokenizer, name=...)`, or leave `assistant_prompt` out."
+                f"The chat template of the assistant {self.assistant.name!r} cannot be rendered: {error} {_OTHER}, or "
+                "leave `assistant_prompt` out."
             ) from error
+        found = rendered.count(text.strip())
+        if found == 0 or (once and found > 1):
+            raise ValueError(
+                f"The chat template of the assistant {self.assistant.name!r} must write the user's turn as it is, and "
+                f"once, but changes, cuts, drops or repeats it. {_OTHER}, or leave `assistant_prompt` out."
+            )
+        return rendered
+
+    def check_chat_template(self) -> None:
+        """Find out how the assistant's chat template takes the user's turn, if it is used."""
+        if not self._chats:
+            return
+        try:
+            self._render(_PROBE, self.config.num_thought_tokens, once=True)
+        except ValueError as error:
+            self.in_parts = True
+            try:
+                self._render(_PROBE, self.config.num_thought_tokens, once=True)
+            except ValueError:
+                raise error from None
 
     def _encode_spelled(self, text: str, num_thoughts: int) -> list[int]:
         """Encode a prompt that spells special tokens of the assistant: it gets their letters, not the tokens."""
-        tokenizer = self.assistant.tokenizer
         if not self._chats:
-            return list(tokenizer(self._render(text, num_thoughts), split_special_tokens=True)["input_ids"])
+            return self._ids([self._render(text, num_thoughts)], split_special_tokens=True)[0]
         # Only the templates' own text around the prompt may become special tokens.
         before, *after = self._render("\u0001", num_thoughts).split("\u0001")
-        content = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = list(tokenizer(before, add_special_tokens=False)["input_ids"])
-        for piece in after:
-            ids += [*content, *tokenizer(piece, add_special_tokens=False)["input_ids"]]
-        return ids
+        (content,) = self._ids([text], add_special_tokens=False, split_special_tokens=True)
+        ids, *rest = self._ids([before, *after], add_special_tokens=False)
+        return ids + [token_id for piece in rest for token_id in (*content, *piece)]
+
+
+def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The attended ids of each row."""
+    return [row.tolist() for row in ids[mask.bool()].split(mask.sum(1).tolist())]
 
 
 def _num_end_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens, such as EOS, a tokenizer puts after every text; the thoughts continue the text itself."""
-    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    added = tokenizer("a", padding=False, truncation=False, return_special_tokens_mask=True)["special_tokens_mask"]
     return int(added[::-1].index(0)) if 0 in added else 0
 
 
-def make_reader(config: SoftCoTConfig, assistant: Assistant, base_name: str | None) -> PromptReader:
+_tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+
+def use_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> str:
+    """Use an already loaded tokenizer of a base, such as one with tokens added in memory, to read prompts.
+
+        tokenizer.add_tokens(["<doc>"])
+        base.resize_token_embeddings(len(tokenizer))
+        use_tokenizer(tokenizer)
+        model = get_peft_model(base, config)
+
+    It is kept for the life of the process, or until another one is given the same name. Adapters attached before keep
+    the tokenizer they have.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        name: The name of the base, or of the tokenizer in configs. `None`: the tokenizer's own `name_or_path`.
+
+    Returns:
+        The name, for `SoftCoTConfig(tokenizer_name_or_path=...)` where it is not the base's.
+
+    Raises:
+        TypeError: The tokenizer is not one of transformers, or the name is no string.
+        ValueError: The tokenizer has no name.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer` must be a loaded tokenizer of transformers, got {type(tokenizer).__name__}.")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"`name` must be a string, got {type(name).__name__}.")
+    name = name or tokenizer.name_or_path
+    if not name:
+        raise ValueError(
+            "`name` must be given, since the tokenizer has no `name_or_path` of its own. Pass the base's "
+            "`name_or_path`, or another name, and set `tokenizer_name_or_path` to it."
+        )
+    _tokenizers[name] = tokenizer
+    return name
+
+
+def make_reader(
+    config: SoftCoTConfig, assistant: Assistant, base_name: str | None, base_vocabulary: int | None = None
+) -> PromptReader:
     """Resolve tokenizers and token ids for an adapter.
 
     Args:
         config: The adapter's config.
         assistant: The assistant.
         base_name: Hub id or folder of the base, where its tokenizer is looked for; `None` or empty if it has none.
+        base_vocabulary: How many ids the base has embeddings for; `None`: not checked.
 
     Raises:
-        ValueError: A tokenizer that is needed cannot be found, or a token is not one token of its vocabulary.
+        ValueError: A tokenizer that is needed cannot be found, a token is not one token of its vocabulary or has no
+            embedding, or the assistant's chat template loses part of the prompt.
     """
     shares = config.assistant_shares_tokenizer
     tokenizer: PreTrainedTokenizerBase | None = None
     if shares is not True or config.thought_token is not None:
         tokenizer = _base_tokenizer(config, base_name)
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     if shares is None:
-        shares = config.assistant_prompt is None and (
-            tokenizer is not None and tokenizer.get_vocab() == assistant.tokenizer.get_vocab()
-        )
-    if config.assistant_shares_tokenizer and tokenizer is not None and len(tokenizer) > assistant.vocabulary:
+        shares = config.assistant_prompt is None and vocabulary == assistant.tokenizer.get_vocab()
+    largest = max((token_id for token, token_id in vocabulary.items() if token != config.thought_token), default=-1)
+    if config.assistant_shares_tokenizer and largest >= assistant.vocabulary:
         raise ValueError(
-            f"`assistant_shares_tokenizer` must not be True: the base's tokenizer has {len(tokenizer)} ids and the "
+            f"`assistant_shares_tokenizer` must not be True: the base's tokenizer has {largest + 1} ids and the "
             f"assistant {assistant.vocabulary}. Set it to False, so that prompts are decoded and encoded again."
         )
     thought_token_id = None
     if config.thought_token is not None and tokenizer is not None:
-        thought_token_id = _token_id(tokenizer, config.thought_token, "thought_token", "the base's")
-    return PromptReader(
+        remedy = "If it was added in memory, call `use_tokenizer(tokenizer)` first."
+        thought_token_id = _token_id(tokenizer, config.thought_token, "thought_token", "the base's", remedy)
+        if base_vocabulary is not None and thought_token_id >= base_vocabulary:
+            raise ValueError(
+                f"`thought_token` must have an embedding in the base, which has {base_vocabulary}, got "
+                f"{config.thought_token!r} with id {thought_token_id}. Call "
+                "`base.resize_token_embeddings(len(tokenizer))` before the adapter is attached."
+            )
+    reader = PromptReader(
         config=config,
         assistant=assistant,
         base_tokenizer=None if shares else tokenizer,
         thought_token_id=thought_token_id,
         assistant_thought_token_id=_assistant_thought_token_id(config, assistant),
     )
+    reader.check_chat_template()
+    return reader
 
 
 def _base_tokenizer(config: SoftCoTConfig, base_name: str | None) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer from where the config, the base or the adapter says it is."""
+    """The base's tokenizer: the one given with `use_tokenizer`, else from where config, base or adapter say it is."""
     name = config.tokenizer_name_or_path or base_name or config.base_model_name_or_path
     remedy = (
-        "Set it to the Hub id or folder of the base's tokenizer; or, if the assistant reads the same ids and no "
-        "`thought_token` is set, `assistant_shares_tokenizer=True` needs none."
+        "Set it to the Hub id or folder of the base's tokenizer, or to the name of a loaded one, "
+        "`use_tokenizer(tokenizer, name=...)`; or, if the assistant reads the same ids and no `thought_token` is set, "
+        "`assistant_shares_tokenizer=True` needs none."
     )
     if not name:
         raise ValueError(f"`tokenizer_name_or_path` must be given, since the base has no `name_or_path`. {remedy}")
+    if name in _tokenizers:
+        return _tokenizers[name]
     revision = config.revision if name == config.base_model_name_or_path else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -177,31 +335,39 @@ def _base_tokenizer(config: SoftCoTConfig, base_name: str | None) -> PreTrainedT
         return tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`tokenizer_name_or_path`: no tokenizer for the base can be loaded from {name!r}: {error} {remedy}"
+            f"`tokenizer_name_or_path`: no tokenizer for the base can be loaded from {name!r}: {error} "
+            f"{missing_folder(name)}{remedy}"
         ) from error
 
 
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, field: str, whose: str) -> int:
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, field: str, whose: str, remedy: str) -> int:
     """The id of a token that must be one token of a vocabulary."""
     token_id = tokenizer.get_vocab().get(token)
     if token_id is None:
         pieces = tokenizer.tokenize(token)
         raise ValueError(
             f"`{field}` must be one token of {whose} vocabulary, got {token!r}, which is {len(pieces)} tokens there "
-            f"({pieces}). Choose a token that the vocabulary has, such as a reserved special token."
+            f"({pieces}). {remedy} Choose a token that the vocabulary has, such as a reserved special token."
         )
     return int(token_id)
 
 
 def _assistant_thought_token_id(config: SoftCoTConfig, assistant: Assistant) -> int:
     """What stands at the assistant's thought positions: the config's token, else unk, else eos, else pad."""
-    tokenizer = assistant.tokenizer
-    if config.assistant_thought_token is not None:
-        return _token_id(tokenizer, config.assistant_thought_token, "assistant_thought_token", "the assistant's")
-    for token_id in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if token_id is not None:
-            return int(token_id)
+    tokenizer, limit, token = assistant.tokenizer, assistant.vocabulary, config.assistant_thought_token
+    if token is not None:
+        remedy = "If it was added in memory, pass model and tokenizer to `use_assistant` first."
+        token_id = _token_id(tokenizer, token, "assistant_thought_token", "the assistant's", remedy)
+        if token_id >= limit:
+            raise ValueError(
+                f"`assistant_thought_token` must have an embedding in the assistant, which has {limit}, got {token!r} "
+                f"with id {token_id}. Choose another token, or resize the assistant and pass it to `use_assistant`."
+            )
+        return token_id
+    for found in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if found is not None and found < limit:
+            return int(found)
     raise ValueError(
         f"`assistant_thought_token` must be given, since the tokenizer of {assistant.name!r} has no unk, eos or pad "
-        "token. Name any token of its vocabulary."
+        "token that the assistant has an embedding for. Name any other token of its vocabulary."
     )

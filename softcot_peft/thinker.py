@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ._compat import attached_configs, is_whole, ordinary_token, position_limit
+from ._compat import attached_configs, is_whole, ordinary_token
 from .config import SoftCoTConfig
 from .inputs import tokens
 from .layer import SoftCoTLayer
@@ -22,12 +22,7 @@ THINKING: ContextVar[bool] = ContextVar("softcot_thinking", default=False)
 
 
 class Thinker:
-    """Places the thoughts of one base and computes what they are made of.
-
-    Args:
-        model: The base.
-        layer: Its wrapped input embedding.
-    """
+    """Places the thoughts of one base and computes what they are made of."""
 
     def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer) -> None:
         self.model = model
@@ -43,7 +38,7 @@ class Thinker:
                 scored, which have labels, or its other one for texts that are to be continued.
 
         Raises:
-            ValueError: The batch cannot carry thoughts, or is too long for the base with them.
+            ValueError: The batch cannot carry thoughts.
         """
         config = reader.config
         reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
@@ -58,7 +53,7 @@ class Thinker:
         if reference.dim() == 3 and reference.shape[2] != width:
             raise ValueError(f"`inputs_embeds` must be as wide as the base's, {width}, got {reference.shape[2]}.")
         run_required = config.placement == "thought_token"
-        placement = locate(
+        return locate(
             inputs.get("input_ids"),
             mask,
             labels,
@@ -66,23 +61,8 @@ class Thinker:
             reader.thought_token_id,
             run_required,
             self.layer.vocabulary,
-            reader.assistant.vocabulary if reader.base_tokenizer is None else None,
+            reader.shared_vocabulary,
         )
-        self._check_length(reference, mask, placement)
-        return placement
-
-    def _check_length(self, reference: Tensor, mask: Tensor | None, placement: Placement) -> None:
-        """Refuse rows that are longer than the base has positions for."""
-        limit = position_limit(self.model.config)
-        added = placement.num_inserted
-        if limit is None or reference.shape[1] + added <= limit:
-            return
-        longest = reference.shape[1] if mask is None else int(mask.sum(1).max())
-        if longest + added > limit:
-            raise ValueError(
-                f"Tokens and thoughts must fit into the base's {limit} positions, got {longest} + {added}. Shorten "
-                "the input, or lower `num_thought_tokens` or `inference_num_thought_tokens`."
-            )
 
     def _check_neighbours(self) -> None:
         """Refuse to go on where another method's adapter, attached later, changes the thoughts or took the name."""
@@ -157,7 +137,9 @@ class Thinker:
                     f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
                     "got 0 there. Pad on the left."
                 )
-            if ((ids < 0) | (ids >= reader.assistant.vocabulary)).any():
+            unknown = (ids < 0) | (ids >= reader.assistant.vocabulary)
+            ids = ids.masked_fill(unknown & (mask == 0), 0)  # the tokenizer's padding may have no embedding
+            if (unknown & (mask != 0)).any():
                 raise ValueError(
                     "`assistant_input_ids` must lie within the assistant's vocabulary, 0 to "
                     f"{reader.assistant.vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}. Tokenize with the "
@@ -165,7 +147,7 @@ class Thinker:
                 )
         token = THINKING.set(True)
         try:
-            return reader.assistant.hidden_states(ids, mask, num, device)
+            return reader.assistant.hidden_states(ids, mask, num, device, self.layer)
         finally:
             THINKING.reset(token)
 
@@ -173,7 +155,7 @@ class Thinker:
         """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
         if reader.thought_token_id is not None:
             return reader.thought_token_id
-        return ordinary_token(self.model.config)
+        return ordinary_token(self.model)
 
 
 def unshift(shift_labels: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ._compat import (
     is_whole,
     rotary_switch,
 )
+from .backbone import evaluating
 from .columns import insert, take
 from .head_loss import HeadLoss, cross_entropy
 from .inputs import PER_TOKEN_OUTPUTS
@@ -53,29 +54,18 @@ InOnePass = Callable[[dict[str, Any], Placement, Tensor], Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch's rows, each cut in two.
+    """A batch's rows, each cut in two."""
 
-    Args:
-        prompt: Arguments of the first pass, over `(B, P)` tokens of prompts.
-        rest: Arguments of the second pass, over `(B, W)` placed columns: all thoughts, and what stands behind them.
-        labels: `(B, W)`.
-        cut: The placed column in which each row's rest begins, `(B,)`; at its thoughts or before.
-        placement: Where the thoughts stand in the caller's columns.
-        length: The caller's columns L.
-        predicts: Which columns of the rest, as `(B * W)`, predict a label, `(T,)`.
-        targets: These labels, `(T,)`.
-        head: Computes the loss in the place of the base's head; `None`: the base does.
-    """
-
-    prompt: dict[str, Tensor]
+    prompt: dict[str, Tensor]  # arguments of the first pass, over `(B, P)` tokens of prompts
+    # Arguments of the second pass, over `(B, W)` placed columns: all thoughts, and what stands behind them.
     rest: dict[str, Tensor]
-    labels: Tensor
-    cut: Tensor
-    placement: Placement
-    length: int
-    predicts: Tensor
-    targets: Tensor
-    head: HeadLoss | None = None
+    labels: Tensor  # `(B, W)`
+    cut: Tensor  # the placed column in which each row's rest begins, `(B,)`; at its thoughts or before
+    placement: Placement  # where the thoughts stand in the caller's columns
+    length: int  # the caller's columns L
+    predicts: Tensor  # which columns of the rest, as `(B * W)`, predict a label, `(T,)`
+    targets: Tensor  # these labels, `(T,)`
+    head: HeadLoss | None = None  # computes the loss in the place of the base's head; `None`: the base does
 
     @property
     def shape(self) -> torch.Size:
@@ -88,14 +78,7 @@ class Rows:
         return self.placement.num_thoughts - 1 if self.placement.inserted else 0
 
     def in_rest(self, length: int) -> tuple[Tensor, Tensor]:
-        """Where the rest has the row of each of the caller's first columns, and which have none for being earlier.
-
-        Args:
-            length: How many columns.
-
-        Returns:
-            Indices `(B, length)`, meaningless where there is none, and whether there is one, `(B, length)`.
-        """
+        """Where the rest has the rows of the caller's first columns, and whether it has, both `(B, length)`."""
         start, num = self.placement.start[:, None], self.placement.num_inserted
         columns = torch.arange(length, device=start.device)
         late = columns >= start - int(num > 0)  # of inserted thoughts, the last one's row is the last prompt token's
@@ -115,12 +98,6 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
 
     Rows that are cut at their own thoughts are moved, so that the cuts stand under each other: the prompts are padded
     on the left, the rest on the right.
-
-    Args:
-        inputs: The caller's `input_ids`, `labels` and, if any, `attention_mask`, each `(B, L)`, padded on either side.
-        placement: Where the thoughts stand.
-        filler: Id under inserted thought positions.
-        takes_positions: Whether the base wants to be told the positions of padded rows.
     """
     ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
     start, earliest, num = placement.start, placement.earliest, placement.num_inserted
@@ -189,15 +166,6 @@ class TwoPasses:
         in_one_pass: InOnePass,
     ) -> Rows | None:
         """Run the prompts, and change the arguments to those of the second pass.
-
-        Args:
-            inputs: The arguments of a training step, in the caller's columns; changed in place.
-            placement: Where the thoughts stand.
-            hidden: The assistant's hidden states `(B, N, H_assistant)`.
-            filler: Id under inserted thought positions.
-            trained: The one module of the base that may be trained.
-            in_one_pass: Makes the step otherwise: its arguments, placement and hidden states to the outputs in the
-                caller's columns.
 
         Returns:
             The divided rows; `None` where the step has to be made in one pass, for a reason that is logged once.
@@ -268,7 +236,7 @@ class TwoPasses:
         if (few["labels"][:, 1:] == IGNORED).all():
             return "the rows that would be tried have no labels"
         try:
-            with torch.no_grad(), _evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model):
                 if self._head_is_last is None:
                     self._head_is_last = self._try_head(few["input_ids"])
                 with _in_float32(self.model):
@@ -336,17 +304,7 @@ class TwoPasses:
         return find_cache(self._run(inputs, rows, None))
 
     def _second(self, inputs: dict[str, Any], rows: Rows, cache: Any, stands_in: bool) -> Rows:
-        """Arguments of the pass over thoughts and responses, which makes no logits that nobody sees.
-
-        Args:
-            inputs: Those of the step; changed in place.
-            rows: What they are divided into.
-            cache: It holds the prompts.
-            stands_in: Whether the place of the head is taken, if it is the base's own.
-
-        Returns:
-            The rows, with what stands in for the head.
-        """
+        """Change the arguments to those of the pass over thoughts and responses, without logits that nobody sees."""
         labels: Tensor | None = rows.labels
         common = (*self._names, *PER_TOKEN_OUTPUTS, "return_dict", "num_items_in_batch")
         # A head of a trainer's own in the forward (TRL's) has arguments of its own, and may not know ours.
@@ -374,10 +332,6 @@ class TwoPasses:
 
         There are no logits, for those of the prompts were not made. Other values of tokens before the thoughts are 0,
         and the cache, whose columns are not the caller's, is left out.
-
-        Args:
-            output: A `ModelOutput` of the base.
-            rows: What `begin` returned.
         """
         fields = {name: value for name, value in output.items() if name not in (*CACHE_NAMES, "logits")}
         if rows.head is not None:
@@ -440,15 +394,3 @@ def _in_float32(model: PreTrainedModel) -> Iterator[None]:
             weight.data = data
         for module, dtype in kept.items():
             module.compute_dtype = dtype
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode for a while, each module as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

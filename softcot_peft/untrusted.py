@@ -53,11 +53,7 @@ def _check_config(config: Mapping[str, Any], code: bool = False) -> None:
 
 
 def check_shards(name: str, revision: str | None) -> None:
-    """Refuse a list of weight files that leads out of the model's folder.
-
-    Raises:
-        ValueError: It does.
-    """
+    """Refuse a list of weight files that leads out of the model's folder."""
     try:
         index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
     except OSError:
@@ -72,11 +68,7 @@ def check_shards(name: str, revision: str | None) -> None:
 
 @contextmanager
 def meta_model() -> Iterator[None]:
-    """Make models on the meta device, and stop at those that are made of more tensors than any model is.
-
-    Raises:
-        ValueError: In the block, when it goes too far.
-    """
+    """Make models on the meta device, and stop at those that are made of more tensors than any model is."""
     count, thread = 0, threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -94,13 +86,7 @@ def meta_model() -> Iterator[None]:
 
 
 def has_pickle_alone(name: str, subfolder: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether an adapter's weights are a pickle, with no safetensors file beside it.
-
-    Args:
-        name: Hub id or folder of the adapter.
-        subfolder: Folder within it.
-        options: Of them `revision`, `cache_dir`, `token` and `local_files_only`, as `hf_hub_download` takes them.
-    """
+    """Whether an adapter's weights are a pickle, with no safetensors file beside it."""
     folder = Path(name, subfolder or "")
     if folder.is_dir():
         return not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()

@@ -27,12 +27,6 @@ def projection_weights(
 ) -> dict[str, Tensor]:
     """The projection's tensors among those of a file, checked.
 
-    Args:
-        found: The file's tensors by name, without the adapter's name in them.
-        model: The base, or the `PeftModel` around it.
-        layer: Its wrapped input embedding.
-        adapter_name: The adapter that is being loaded.
-
     Returns:
         Weight `(H_base, H_assistant)` and bias `(H_base,)` under their names in the file.
 
@@ -107,16 +101,8 @@ def load_checked(
 ) -> Any:
     """Check what transformers' `load_adapter` is about to load into the base; other loading goes on as it is.
 
-    Args:
-        layer: The base's wrapped input embedding.
-        discard: Takes an adapter, by its name, off again.
-        original: `PreTrainedModel._load_pretrained_model`, which is private, and the only place between the adapter's
-            injection and its weights (transformers 5.5 to 5.23).
-        *args: As it takes them.
-        **kwargs: As it takes them.
-
-    Raises:
-        ValueError: The file is a pickle, or holds anything that `projection_weights` refuses.
+    Stands before `PreTrainedModel._load_pretrained_model`, which is private, and the only place between an adapter's
+    injection and its weights (transformers 5.5 to 5.24). `discard` takes an adapter, by its name, off again.
     """
     model = kwargs.get("model", args[0] if args else None)
     files, state = kwargs.get("checkpoint_files"), kwargs.get("state_dict")

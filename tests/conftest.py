@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib
+import logging
 import re
 import socket
 import sys
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
 import torch
+import transformers
 from hypothesis import settings
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
@@ -34,6 +38,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import peft as bare_adapters
 
 from softcot_peft import SoftCoTConfig
 
@@ -158,6 +163,18 @@ def next_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
         return model(**batch, logits_to_keep=1).logits[:, -1]
 
 
+class OldNamesAreErrors(logging.Handler):
+    """transformers 5.24 logs the use of caches' old name, where filters of warnings do not see it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "past_key_values" in message and "deprecated" in message:
+            raise AssertionError(message)
+
+
+logging.getLogger("transformers").addHandler(OldNamesAreErrors(logging.WARNING))
+
+
 @dataclass
 class Pair:
     """Folders of a base, an assistant, a chatting assistant and an assistant that shares the base's tokenizer."""
@@ -234,6 +251,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     cases = sum(value for report in reports for name, value in report.user_properties if name == "cases")
     if cases:
         terminalreporter.write_line(f"{cases} random cases checked")
+
+
+@pytest.fixture(autouse=True)
+def _skip_refused_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip at the calls on bare models for which transformers 5.24 wants a newer PEFT than is released."""
+    wanted = bare_adapters.MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(wanted):
+        reason = (
+            f"transformers {transformers.__version__} wants PEFT {wanted} for adapters of bare models, any method's"
+        )
+        monkeypatch.setattr(bare_adapters, "check_peft_version", lambda **_: pytest.skip(reason))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import shutil
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 import softcot_peft.assistant
 from softcot_peft import use_assistant
 from softcot_peft.assistant import Assistant
+from softcot_peft.backbone import evaluating
 
 NEW = 5
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "v1-again": "b" * 40}
@@ -343,8 +345,12 @@ def test_casting_the_base_leaves_the_assistant_alone(pair: Pair) -> None:
 # Frozen
 
 
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
 @pytest.mark.parametrize("given", [False, True])
-def test_the_assistant_stays_in_eval_mode_while_the_model_trains(pair: Pair, given: bool) -> None:
+def test_the_assistant_runs_in_eval_mode_while_the_model_trains(pair: Pair, given: bool) -> None:
     twin = load_assistant(pair.twin).train()  # GPT-2, with a dropout of 0.1
     if given:
         use_assistant(twin)
@@ -353,12 +359,106 @@ def test_the_assistant_stays_in_eval_mode_while_the_model_trains(pair: Pair, giv
     model.train()
     backbone = assistant_of(model).backbone(torch.device("cpu"))
     backbone.train()  # whoever does that
+    backbone.h[0].eval()
+    chosen, seen = modes(backbone), []
+    backbone.register_forward_pre_hook(lambda *_: seen.append(modes(backbone)))
     loss = training_loss(model, pair)
-    assert not any(module.training for module in backbone.modules())
-    backbone.train()
     assert torch.equal(training_loss(model, pair), loss)
+    assert seen
+    assert not any(map(any, seen))
+    assert modes(backbone) == chosen  # its user's business
     model.eval()
     assert torch.equal(logits(model, pair), expected)
+
+
+def test_modes_come_back_after_an_error(pair: Pair) -> None:
+    given = load_assistant(pair.twin).train()
+    use_assistant(given)
+    model = pair.model(assistant_model_name_or_path=str(pair.twin))
+
+    def fail(*_: Any) -> None:
+        assert not given.base_model.h[1].training
+        raise RuntimeError("out of memory")
+
+    given.base_model.h[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        logits(model, pair)
+    assert all(modes(given))
+
+
+def test_modes_come_back_with_the_last_of_several_readings(pair: Pair) -> None:
+    given = load_assistant(pair.twin).train()
+    given.base_model.drop.eval()
+    chosen = modes(given)
+    use_assistant(given)
+    models = [pair.model(assistant_model_name_or_path=str(pair.twin)) for _ in range(3)]
+    expected, meeting, seen = logits(models[0], pair), threading.Barrier(len(models)), []
+
+    def meet(*_: Any) -> None:
+        meeting.wait(timeout=60)  # all are inside, and nobody leaves before
+        seen.append(any(modes(given.base_model)))
+
+    def leave(*_: Any) -> None:
+        seen.append(any(modes(given.base_model)))
+
+    given.base_model.h[0].register_forward_pre_hook(meet)
+    given.base_model.h[1].register_forward_hook(leave)
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda own=own: found.append(logits(own, pair))) for own in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [False] * 6
+    assert len(found) == 3
+    assert all(torch.equal(one, expected) for one in found)
+    assert modes(given) == chosen
+
+
+def test_overlapping_models_are_put_back_by_whoever_leaves_last() -> None:
+    whole = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
+    whole[1][0].eval()
+    chosen = modes(whole)
+    for outer, inner in ((whole, whole[1]), (whole[1], whole)):
+        first, second = evaluating(outer), evaluating(inner)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # in the order of threads, not of blocks
+        assert not any(modes(inner))
+        second.__exit__(None, None, None)
+        assert modes(whole) == chosen
+
+
+def test_a_base_that_is_its_own_assistant_stays_in_training_mode(pair: Pair) -> None:
+    base = AutoModelForCausalLM.from_pretrained(pair.twin)
+    use_assistant(base, AutoTokenizer.from_pretrained(pair.twin), name="itself")
+    torch.manual_seed(0)
+    model = get_peft_model(base, pair.config(assistant_model_name_or_path="itself"))
+    model.train()
+    chosen, seen = modes(model), []
+    base.transformer.drop.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    losses = []
+    for _ in range(2):
+        seen.clear()
+        losses.append(training_loss(model, pair))
+        assert {True, False} == set(seen)  # the base's own passes, and the reading
+        assert modes(model) == chosen
+    assert not torch.equal(*losses)  # dropout acts
+
+
+@pytest.mark.filterwarnings("ignore:Gradient checkpointing turns two-pass training off:UserWarning")
+def test_a_base_that_is_its_own_assistant_keeps_checkpointing(pair: Pair) -> None:
+    base = pair.load_base()
+    use_assistant(base, pair.tokenizer, name="itself")
+    model = get_peft_model(base, pair.config(assistant_model_name_or_path="itself"))
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    model.train()
+    passes: list[bool] = []
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    for _ in range(2):  # in the first one, padding is tried
+        passes.clear()
+        training_loss(model, pair).backward()
+    assert len(passes) == 3  # of the assistant, of the step, and again in the backward pass
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -373,6 +473,92 @@ def test_no_gradient_reaches_the_assistant(pair: Pair, given: bool) -> None:
     frozen = list(assistant_of(model).backbone(torch.device("cpu")).parameters())
     assert all(p.grad is None for p in frozen)
     assert {p.requires_grad for p in frozen} == {given}  # a given model is not changed
+
+
+# Devices. "cpu" and "cpu:0" are two devices to PyTorch, so that one machine has both.
+
+HERE, THERE = torch.device("cpu"), torch.device("cpu:0")
+
+
+class User:
+    """Stands for the wrapped embedding of a base."""
+
+
+def own(folder: Path) -> Assistant:
+    return Assistant(str(folder), AutoModelForCausalLM.from_pretrained(folder).config)
+
+
+def test_two_bases_on_two_devices_have_a_model_each(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assistant, one, other, loaded = own(fresh), User(), User(), []
+    original = Assistant._load
+    monkeypatch.setattr(Assistant, "_load", lambda self, where: loaded.append(where) or original(self, where))
+    first, second = assistant._backbone(HERE, one), assistant._backbone(THERE, other)
+    monkeypatch.setattr(nn.Module, "to", None)  # nothing is moved from here on
+    for _ in range(3):
+        assert assistant._backbone(HERE, one) is first
+        assert assistant._backbone(THERE, other) is second
+    assert first.model is not second.model
+    assert loaded == [HERE, THERE]
+
+
+def test_models_on_devices_that_no_living_base_is_on_are_let_go_of(fresh: Path) -> None:
+    assistant, one, other = own(fresh), User(), User()
+    first = weakref.ref(assistant._backbone(HERE, one).model)
+    second = weakref.ref(assistant._backbone(THERE, other).model)
+    gc.collect()
+    assert first() is not None
+    assert second() is not None
+    assistant._backbone(THERE, one)  # the base was moved
+    gc.collect()
+    assert first() is None
+    first = weakref.ref(assistant._backbone(HERE, one).model)
+    del other
+    gc.collect()
+    assistant._backbone(HERE, one)
+    gc.collect()
+    assert second() is None
+    assert first() is not None
+
+
+def test_a_model_that_runs_is_not_moved_by_another_thread(fresh: Path) -> None:
+    assistant, ids = own(fresh), torch.arange(5, 13)[None]
+    mask, started, moved = torch.ones_like(ids), threading.Event(), threading.Event()
+    expected = assistant.hidden_states(ids, mask, 2, HERE)
+    running, users = assistant.backbone(HERE), [User(), User()]
+
+    def pause(*_: Any) -> None:
+        started.set()
+        assert moved.wait(timeout=60)
+
+    handle = running.layers[0].register_forward_hook(pause)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(assistant.hidden_states(ids, mask, 2, HERE, users[0])))
+    thread.start()
+    assert started.wait(timeout=60)
+    before = [weight.data_ptr() for weight in running.parameters()]
+    assert torch.equal(assistant.hidden_states(ids, mask, 2, THERE, users[1]), expected)
+    assert [weight.data_ptr() for weight in running.parameters()] == before
+    moved.set()
+    thread.join()
+    handle.remove()
+    assert torch.equal(found[0], expected)
+
+
+def test_every_base_asks_in_its_own_name(pair: Pair, fresh: Path) -> None:
+    models = [pair.model(assistant_model_name_or_path=str(fresh)) for _ in range(2)]
+    for model in (*models, copy.deepcopy(models[0])):
+        logits(model, pair)
+    users = assistant_of(models[0])._users
+    assert all(model.get_input_embeddings() in users for model in models)
+    del models[1], model
+    gc.collect()
+    assert list(users) == [models[0].get_input_embeddings()]
+
+
+def test_a_given_model_is_never_moved(pair: Pair) -> None:
+    loaded = load_assistant(pair.assistant)
+    assistant = assistant_of(pair.model(assistant_model_name_or_path=give(loaded, pair)))
+    assert assistant.backbone(HERE) is assistant.backbone(THERE) is loaded.base_model
 
 
 # Loading

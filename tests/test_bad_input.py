@@ -145,7 +145,6 @@ FORWARD_ONLY: dict[str, tuple[Change, type[Exception], str]] = {
     "int32 labels": (lambda i, m: {"labels": i.int()}, TypeError, "`labels` must be a tensor of torch.int64"),
     "list of labels": (lambda i, m: {"labels": i.tolist()}, TypeError, "`labels` must be a tensor, got list"),
     "labels on meta": (lambda i, m: {"labels": i.to("meta")}, ValueError, "`labels` must hold values"),
-    "no label": (lambda i, m: {"labels": i * 0 - 100}, ValueError, "Every row of `labels` needs at least one"),
     "short labels": (lambda i, m: {"labels": i[:, 1:]}, ValueError, "`labels` must have the shape"),
     "labels too large": (lambda i, m: {"labels": last(i + 330)}, IndexError, "Target .* is out of bounds"),
     "negative labels": (lambda i, m: {"labels": last(i * 0 - 7)}, IndexError, "Target -7 is out of bounds"),

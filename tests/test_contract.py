@@ -172,18 +172,16 @@ class TestLine1WhereThoughtsGo:
         torch.testing.assert_close(output.loss, want, atol=1e-5, rtol=0)
         assert output.logits.shape[1] == placed["input_ids"][0].shape[0]  # the run is the caller's own
 
-    def test_inference_number_in_eval_mode_only(self, pair: Pair) -> None:
+    def test_inference_number_where_text_is_written(self, pair: Pair) -> None:
         model = pair.model(num_thought_tokens=6, inference_num_thought_tokens=2)
         batch, rows = supervised(pair, "right")
         few = Oracle.of(model, pair.base, pair.assistant, 2)
-        torch.testing.assert_close(model(**batch).loss, oracle_loss(few, rows), atol=1e-5, rtol=0)
-        model.train()
-        many = replace(few, num=6)
-        torch.testing.assert_close(model(**batch).loss, oracle_loss(many, rows), atol=1e-5, rtol=0)
-        model.eval()
-        prompts = pair.batch(QUESTIONS)
-        output = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
-        assert new_tokens(output, prompts) == [few.generate(row, NEW) for row in pair.rows(QUESTIONS)]
+        many, prompts = replace(few, num=6), pair.batch(QUESTIONS)
+        for training in (True, False):
+            model.train(training)
+            torch.testing.assert_close(model(**batch).loss, oracle_loss(many, rows), atol=1e-5, rtol=0)
+            output = model.generate(**prompts, max_new_tokens=NEW, do_sample=False)
+            assert new_tokens(output, prompts) == [few.generate(row, NEW) for row in pair.rows(QUESTIONS)]
 
     @SIDES
     @pytest.mark.parametrize("family", ["gpt2", "opt"])

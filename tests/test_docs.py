@@ -19,6 +19,7 @@ datasets = pytest.importorskip("datasets")
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("evaluation/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -40,6 +41,7 @@ def test_the_readme_s_code_runs_from_training_to_the_pipeline(
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
         "data": labelled,
         "dataset": datasets.Dataset.from_list(labelled),
+        "conversations": datasets.Dataset.from_dict({"messages": [CONVERSATION]}),
         "collate": collate,
         "tokenizer": pair.tokenizer,
         "my_model": pair.load_base(),
@@ -59,6 +61,7 @@ def test_the_readme_s_code_runs_from_training_to_the_pipeline(
             block = block.replace(name, ours)
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+    assert names["rows"].num_rows == 2
     (answer,) = names["pipe"](QUESTIONS[0], max_new_tokens=2)
     assert answer["generated_text"].startswith(QUESTIONS[0])
 

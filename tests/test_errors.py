@@ -539,7 +539,7 @@ def tabled(pair: Pair) -> PeftModel:
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_rows_longer_than_a_table_of_positions_are_refused(tabled: PeftModel, call: str) -> None:
     with refused("assistant's 256 positions", f"got 253 + {N} tokens", "Shorten the prompt"):
-        call_model(tabled, call, {"input_ids": torch.full((1, 250), 30), **own_input(1, 257)})
+        call_model(tabled, call, {"input_ids": torch.full((1, 240), 30), **own_input(1, 257)})
     with refused("base's 256 positions", f"got 253 + {N}", "Shorten the input", "`num_thought_tokens`"):
         call_model(tabled, call, {"input_ids": torch.full((1, 253), 30), **own_input(1, 9)})
 
@@ -580,18 +580,7 @@ def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Ten
         (
             ["How<thought><thought>", "How many"],
             ["many", "seven<thought><thought>"],
-            [
-                "Thought tokens must stand before the first label",
-                "row 1",
-                "column 6",
-                "first label in column 2",
-                "-100",
-            ],
-        ),
-        (
-            ["How", "How many"],
-            ["many", ""],
-            ["Every row of `labels` needs at least one label", "row 1 has none", "Drop"],
+            ["Every row must hold the same number of thought tokens", "[2, 0]"],  # a labelled one is text
         ),
         (
             ["How many", ""],
@@ -599,7 +588,7 @@ def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Ten
             ["Every row needs a prompt before its thoughts", "row 1", "Set the labels of the prompt to -100"],
         ),
     ],
-    ids=["run after the first label", "row without a label", "label without a prompt"],
+    ids=["run in a response", "label without a prompt"],
 )
 def test_labels_that_leave_no_place_for_thoughts_are_refused(
     pair: Pair, model: PeftModel, rows: list[str], responses: list[str], parts: list[str], training: bool

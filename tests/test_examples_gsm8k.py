@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Pair, load_example
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
 
@@ -144,6 +145,44 @@ def test_defaults_are_the_papers_recipe(pair: Pair) -> None:
     assert (args.num_thoughts, args.inference_thoughts, args.max_new_tokens) == (32, 4, 1024)
 
 
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+        ({}, False),
+        (None, False),  # a torch that does not tell
+    ],
+    ids=str,
+)
+def test_bfloat16_is_the_default_on_cpus_with_its_instructions(
+    capabilities: dict[str, bool] | None, fast: bool, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if capabilities is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert gsm8k.parse_args(arguments(pair)).bf16 is fast
+    assert gsm8k.parse_args(arguments(pair, "--bf16")).bf16
+    assert not gsm8k.parse_args(arguments(pair, "--no-bf16")).bf16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_the_default_on_gpus_that_do_not_emulate_it(
+    native: bool, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    assert gsm8k.parse_args(arguments(pair)).bf16 is native
+
+
 # End to end
 
 
@@ -176,7 +215,7 @@ def command(file: Path, tiny_pair: Path, out: Path, *more: str) -> list[str]:
     return [
         *("--base", str(tiny_pair / "base"), "--assistant", str(tiny_pair / "assistant")),
         *("--train-file", str(file), "--eval-file", str(file), "--output-dir", str(out)),
-        *sizes.split(),
+        *(*sizes.split(), "--no-bf16"),
         *("--learning-rate", "1e-2", *more),
     ]
 
@@ -191,10 +230,11 @@ def test_the_tiny_pair_has_two_tokenizers(tiny_pair: Path, file: Path) -> None:
     assert assistant.unk_token_id is not None
 
 
+@pytest.mark.parametrize("precision", ["--bf16", "--no-bf16"])
 def test_training_lowers_the_loss_and_the_saved_adapter_answers_the_same(
-    file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    precision: str, file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    gsm8k.main(command(file, tiny_pair, tmp_path, "--max-steps", "6"))
+    gsm8k.main(command(file, tiny_pair, tmp_path, "--max-steps", "6", precision))
     printed = capsys.readouterr().out
     start, end = map(float, re.search(r"rows: ([\d.]+) at the start, ([\d.]+) at the end", printed).groups())
     assert end < start - 0.05
@@ -205,14 +245,14 @@ def test_training_lowers_the_loss_and_the_saved_adapter_answers_the_same(
     saved = {path.name for path in tmp_path.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "checkpoint-6"} <= saved
 
-    gsm8k.main(command(file, tiny_pair, tmp_path, "--max-steps", "8", "--resume"))
+    gsm8k.main(command(file, tiny_pair, tmp_path, "--max-steps", "8", "--resume", precision))
     printed = capsys.readouterr().out
     again, end = map(float, re.search(r"rows: ([\d.]+) at the start, ([\d.]+) at the end", printed).groups())
     assert again == start  # before the checkpoint is read
     steps = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in steps if "loss" in entry] == list(range(1, 9))
 
-    args = gsm8k.parse_args(command(file, tiny_pair, tmp_path))
+    args = gsm8k.parse_args(command(file, tiny_pair, tmp_path, precision))
     with pytest.raises(RuntimeError, match="does not solve problems as the trained one did"):
         gsm8k.check_saved(args, AutoTokenizer.from_pretrained(tmp_path), [ROW], ["something else"])
 

@@ -474,6 +474,14 @@ def test_a_run_that_is_labelled_itself_is_named(pair: Pair) -> None:
         model(ids, labels=labels)
 
 
+def test_a_run_behind_all_labels_is_refused(pair: Pair) -> None:
+    ids = torch.tensor(pair.rows([PROMPT + ANSWER + THOUGHT * 4]))
+    labels = torch.full_like(ids, -100)
+    labels[0, -6] = ids[0, -6]
+    with pytest.raises(ValueError, match=r"must stand after the thought tokens, but row 0 has its last one in column"):
+        pair.model(thought_token=THOUGHT)(ids, labels=labels)
+
+
 # 13. Embeddings whose storage is not their width
 
 

@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from softcot_peft._compat import CACHE_NAME
+
 live_rows = load_example("live_rows")
 PROMPTS = [*QUESTIONS, "Nine?", "And ten?"]
 ENDS = [3, 9, 1, 9, 5, 6]  # tokens of each row's answer
@@ -141,9 +143,9 @@ def test_rows_run_on_when_all_have_ended(pair: Pair) -> None:
     base = pair.load_base()
     ids = torch.tensor([[7, 8], [9, 10]])
     with torch.no_grad(), live_rows.LiveRows(base, [After([1, 1], 1)]) as live:
-        cache = base(ids).past_key_values
+        cache = base(ids)[CACHE_NAME]
         assert live(ids, None).all()
-        assert base(input_ids=ids[:, :1], past_key_values=cache).logits.shape[0] == 2
+        assert base(input_ids=ids[:, :1], **{CACHE_NAME: cache}).logits.shape[0] == 2
 
 
 def test_static_caches_keep_all_rows(pair: Pair) -> None:

@@ -285,17 +285,21 @@ def _spell(text: str) -> list[int]:
     return [ord(letter) for letter in text]
 
 
-@pytest.mark.parametrize(("training", "num"), [(True, 6), (False, 2)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("scored", "num"), [(True, 6), (False, 2)])
 def test_the_template_names_the_number_of_thoughts_of_this_pass(
-    pair: Pair, other: Reading, training: bool, num: int
+    pair: Pair, other: Reading, training: bool, scored: bool, num: int
 ) -> None:
     changes = {"num_thought_tokens": 6, "inference_num_thought_tokens": 2, "assistant_prompt": TEMPLATE}
     model = attach(pair, other, **changes).train(training)
     batch = pair.batch(TEXTS[:1])
     labels = torch.full_like(batch["input_ids"], -100)
     labels[:, -1] = 7
-    model(**batch, labels=labels)
-    before = pair.tokenizer.decode(batch["input_ids"][0, :-1])
+    if scored:
+        model(**batch, labels=labels)
+    else:
+        model(**batch, logits_to_keep=1)
+    before = pair.tokenizer.decode(batch["input_ids"][0, : -1 if scored else None])
     expected = other.tokenizer(TEMPLATE.format(num_thought_tokens=num, prompt=before))["input_ids"]
     assert other.rows() == [expected + [UNK] * num]
 

@@ -284,7 +284,8 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, pair: Pair,
     attention_passes: list[int] = []
     attention = saving.get_base_model().model.layers[0].self_attn
     attention.register_forward_pre_hook(lambda module, args: attention_passes.append(1))
-    with counted(saving) as passes:
+    warns = pytest.warns(UserWarning, match="Gradient checkpointing turns two-pass training off")
+    with counted(saving) as passes, warns:
         run.train()
     assert len(attention_passes) == 2 * 3  # the base's layers are computed again,
     assert passes == [False] * 3  # the assistant is not

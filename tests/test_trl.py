@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import QUESTIONS, Pair
 from oracle import Oracle
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import EvalPrediction, pipeline
 
@@ -19,7 +19,12 @@ datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
 # TRL 1.16 turns it on by default, under the name that transformers 5.23 renames
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+# TRL's default, which test_what_checkpointing_costs_is_said reads
+CHECKPOINTING = "ignore:Gradient checkpointing turns two-pass training off:UserWarning"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings(CHECKPOINTING),
+]
 
 N = 4
 IGNORED = -100
@@ -215,6 +220,36 @@ def test_texts_without_a_prompt_are_refused(pair: Pair, tmp_path: Path) -> None:
         run.train()
 
 
+@pytest.mark.parametrize("placement", ["prompt_end", "thought_token"])
+def test_thoughts_behind_the_generation_prompt(placement: str, pair: Pair, tmp_path: Path) -> None:
+    """TRL's rows have no generation prompt: thoughts go there by themselves, or where the user writes the run."""
+    config = pair.config(thought_token="<thought>", placement=placement)
+    tokenizer = with_thought_tokens(pair.tokenizer, config, "generation_prompt")
+    data, rows = chat_data(), chat_rows(pair, run=False)
+    if placement == "thought_token":
+        with pytest.raises(ValueError, match=r"found none in `input_ids`.*where='generation_prompt'.*prompt_end"):
+            sft(pair, tmp_path, config, data, tokenizer).train()
+        prompts = [
+            tokenizer.apply_chat_template(row, add_generation_prompt=True)["input_ids"] for row in data["prompt"]
+        ]
+        responses = [response for _, _, response in rows]
+        ids = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        labels = [[IGNORED] * len(prompt) + end for prompt, end in zip(prompts, responses, strict=True)]
+        data = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    run = sft(pair, tmp_path, config, data, tokenizer, max_steps=4)
+    first = oracle_loss(Oracle.of(run.model, pair.base, pair.assistant, N), rows)
+    run.train()
+    assert losses(run)[0] == pytest.approx(first, abs=1e-4)
+    run.save_model(str(tmp_path))
+    oracle = Oracle.of(run.model, pair.base, pair.assistant, N)
+    generator = pipeline("text-generation", str(tmp_path), tokenizer=str(tmp_path))
+    for question, (before, _, _) in zip(QUESTIONS, rows, strict=True):
+        messages = [{"role": "user", "content": question}]
+        [output] = generator(messages, max_new_tokens=6, do_sample=False, return_tensors=True)
+        new = oracle.generate(before, 6)
+        assert output["generated_token_ids"][-len(new) :] == new
+
+
 PACKED: list[dict[str, Any]] = [
     {"packing": True},
     {"packing": True, "packing_strategy": "bfd_split"},
@@ -229,3 +264,53 @@ def test_packed_batches_are_refused(options: dict[str, Any], pair: Pair, tmp_pat
     run = sft(pair, tmp_path, pair.config(), plain_data(), **options)
     with pytest.raises(ValueError, match="packed or padding-free"):
         run.train()
+
+
+def test_what_checkpointing_costs_is_said(pair: Pair, tmp_path: Path) -> None:
+    run = sft(pair, tmp_path, pair.config(), plain_data())
+    with pytest.warns(UserWarning, match=r"about twice the time.*`gradient_checkpointing=False` \(TRL's trainers"):
+        run.train()
+
+
+def preferences(trainer: Any, settings: Any, pair: Pair, folder: Path, config: SoftCoTConfig, **options: Any) -> Any:
+    """A trainer on prompts, with two answers each for those that compare them."""
+    rows = [{"prompt": "How many", "chosen": " legs have", "rejected": " dogs?"}] * 2
+    columns = ["prompt"] if trainer is trl.GRPOTrainer else ["prompt", "chosen", "rejected"]
+    defaults = {
+        "output_dir": str(folder), "max_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False,
+        "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    rewards = {"reward_funcs": lambda completions, **_: [float(number) for number in range(len(completions))]}
+    return trainer(
+        get_peft_model(pair.load_base(), config),
+        args=settings(**defaults | options),
+        train_dataset=datasets.Dataset.from_list(rows).select_columns(columns),
+        processing_class=pair.tokenizer,
+        **(rewards if trainer is trl.GRPOTrainer else {}),
+    )
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_dpo_starts_from_equal_log_probabilities(precomputed: bool, pair: Pair, tmp_path: Path) -> None:
+    config = pair.config(inference_num_thought_tokens=2)
+    run = preferences(trl.DPOTrainer, trl.DPOConfig, pair, tmp_path, config, precompute_ref_log_probs=precomputed)
+    run.ref_model = None
+    run.train()
+    first = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
+    assert first == pytest.approx(0.6931, abs=1e-3) if precomputed else first > 0
+
+
+# 11: rows that are cut off have no labels; the policy may sample the thought token
+GRPO: dict[str, dict[str, Any]] = {
+    "cut off": {"mask_truncated_completions": True},
+    "thought tokens": {"generation_kwargs": {"suppress_tokens": [i for i in range(300) if i not in (2, 40)]}},
+}
+
+
+@pytest.mark.parametrize("habit", GRPO)
+def test_grpo_trains(habit: str, pair: Pair, tmp_path: Path) -> None:
+    config = pair.config(thought_token="<thought>")
+    options = {"max_completion_length": 4, "num_generations": 2, "per_device_train_batch_size": 2} | GRPO[habit]
+    run = preferences(trl.GRPOTrainer, trl.GRPOConfig, pair, tmp_path, config, **options)
+    run.train()
+    assert run.state.global_step == 1

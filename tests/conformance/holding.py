@@ -166,7 +166,7 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
 
 
 def check_two_passes(model: PeftModel, judge: Judge) -> bool:
-    """Loss, gradients and logits of steps in two passes are those of one; returns whether there were any."""
+    """Loss and gradients of steps in two passes are those of one; returns whether there were any."""
     base, config = model.get_base_model(), model.peft_config["default"]
     base.training = True  # without the dropout of its layers
     divided = False
@@ -182,9 +182,7 @@ def check_two_passes(model: PeftModel, judge: Judge) -> bool:
         torch.testing.assert_close(two.loss, one.loss, atol=1e-6, rtol=1e-6)
         for gradient, other in zip(gradients, expected, strict=True):
             assert (gradient - other).abs().max() <= 5e-6 * max(1, float(other.abs().max()))
-        attended = batch["attention_mask"].bool()
-        torch.testing.assert_close(two.logits[attended], one.logits[attended], atol=1e-4, rtol=1e-4)
-        divided = divided or type(two.logits) is not Tensor
+        divided = divided or two.logits is None
     base.training = False
     config.two_pass_training = True
     return divided
