@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,13 +136,53 @@ def test_aligned_rows_end_in_the_last_column(case: tuple[torch.Tensor, torch.Ten
     assert positions(aligned)[:, -1].tolist() == (start - 1).tolist()
 
 
-@given(rows(), st.booleans())
-def test_locate_with_labels_is_the_first_label(case: tuple[torch.Tensor, torch.Tensor, int], padded: bool) -> None:
+@given(rows(), st.data())
+def test_locate_is_the_first_label_or_the_end(
+    case: tuple[torch.Tensor, torch.Tensor, int], data: st.DataObject
+) -> None:
+    ids, _, num = case
+    batch, length = ids.shape
+    padding = [data.draw(st.integers(0, length - 1), label="padding") for _ in range(batch)]
+    labelled = [
+        [False]
+        + data.draw(st.lists(st.booleans(), min_size=length - 1 - pad, max_size=length - 1 - pad))
+        + [False] * pad
+        for pad in padding
+    ]
+    mask = torch.tensor([[1] * (length - pad) + [0] * pad for pad in padding])
+    labels = torch.where(torch.tensor(labelled), ids, -100)
+    given = None if not any(padding) and data.draw(st.booleans(), label="no mask") else mask
+    if any(sum(now and not before for before, now in zip([False, *row], row, strict=False)) > 1 for row in labelled):
+        with pytest.raises(ValueError, match="several"):
+            locate(ids, given, labels, num)
+        return
+    placement = locate(ids, given, labels, num)
+    ends = [length - pad for pad in padding]
+    assert placement.start.tolist() == [
+        row.index(True) if any(row) else end for row, end in zip(labelled, ends, strict=True)
+    ]
+    assert (placement.num_thoughts, placement.inserted, placement.padded) == (num, True, any(padding))
+    assert (placement.earliest, placement.latest) == (int(placement.start.min()), int(placement.start.max()))
+    assert placement.reach == max(end - start for end, start in zip(ends, placement.start.tolist(), strict=True))
+
+
+@given(rows(), st.data())
+def test_locate_finds_a_run_whatever_is_labelled(
+    case: tuple[torch.Tensor, torch.Tensor, int], data: st.DataObject
+) -> None:
     ids, start, num = case
-    labels = torch.where(torch.arange(ids.shape[1]) >= start[:, None], ids, -100)
-    placement = locate(ids, torch.ones_like(ids) if padded else None, labels, num)
+    ids = insert(ids, start, num, 0)  # the thought token
+    length = ids.shape[1]
+    # Labels anywhere but on the run; in a row that has any, one stands behind it.
+    labelled = torch.zeros_like(ids, dtype=torch.bool)
+    for row, at in enumerate(start.tolist()):
+        after = data.draw(st.lists(st.booleans(), min_size=length - at - num, max_size=length - at - num))
+        before = data.draw(st.lists(st.booleans(), min_size=at, max_size=at)) if any(after) else [False] * at
+        labelled[row] = torch.tensor([*before, *[False] * num, *after])
+    placement = locate(ids, None, torch.where(labelled, ids, -100), num + 1, thought_token_id=0)
     assert torch.equal(placement.start, start)
-    assert (placement.num_thoughts, placement.inserted, placement.padded) == (num, True, False)
+    assert (placement.num_thoughts, placement.inserted) == (num, False)
+    assert placement.late == any(bool(row[:at].any()) for row, at in zip(labelled, start.tolist(), strict=True))
 
 
 def test_take_picks_columns_of_every_row() -> None:

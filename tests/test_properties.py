@@ -532,8 +532,7 @@ def test_a_training_step_is_the_equations(world: World, case: Case, data: st.Dat
         noise = (others - gradient).norm(dim=1).amax()
         assert error <= SLACK * noise, f"not rounding: error {error} beside the equations' {noise}"
         assert (output.loss - exact.mean()).abs() <= SLACK * (rounded - exact).abs().amax(0).mean()
-    if output.logits is not None:
-        check_logits(world, case, output.logits.detach())
+    assert output.logits is None or output.logits.shape[:2] == (len(case.rows), len(case.rows[0].ids))
 
 
 @property_of(lambda *kinds: cases(*kinds, labelled=False))
@@ -626,7 +625,8 @@ def misplace(judge: Judge, error: str, row: Row, other: Row, num: int) -> Tensor
             positions[at:] += 1
         else:
             positions[at + number :] -= number
-        inputs["position_ids"] = positions[None]
+        # With a mask: without one, transformers takes a gap between positions for the start of another text.
+        inputs = {"position_ids": positions[None], "attention_mask": torch.ones(judge.copies, len(positions))}
     logits = judge.placed(tokens[:at], thoughts, tokens[at:], **inputs)[0]
     return logits[[*range(at - 1), *range(at + number - 1, len(logits))]]
 
@@ -667,4 +667,3 @@ def test_a_wrong_placement_is_not_rounding(error: str, folder: str) -> None:
     with torch.no_grad():
         run()
     assert refused >= 0.95 * wrong > 0, f"{refused} of {wrong}"
-    print(error, refused, wrong)
