@@ -498,3 +498,11 @@ def test_generate_with_checkpointing_goes_on_in_the_ways_that_the_error_names(pa
     assert answered(model.train(), batch, use_cache=False) == expected
     base.gradient_checkpointing_disable()
     assert answered(model.train(), batch) == expected
+
+
+def test_a_prompt_of_padding_alone_is_a_text_of_it(pair: Pair) -> None:
+    """PEFT's own tests have such a prompt: there is a mask to infer, but not for every row."""
+    model, ids = pair.model(), torch.tensor([[0, 0, 0], [0, 40, 41]])
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [0, 1, 1]]), **options)
+    assert torch.equal(model.generate(ids, **options), expected)
