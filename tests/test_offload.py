@@ -21,7 +21,7 @@ LAYER = {name: "disk" if name == "model.layers.0" else "cpu" for name in MODULES
 ALL = dict.fromkeys(MODULES, "disk")
 Batch = dict[str, Tensor]
 
-# transformers' own (5.18, 5.19): an offloaded base counts as on "meta", and its inputs are not
+# transformers' own (5.19): an offloaded base counts as on "meta", and its inputs are not
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 
 
