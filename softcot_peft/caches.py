@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -131,19 +127,3 @@ def check_room(
             "`max_new_tokens`, `num_thought_tokens` or `inference_num_thought_tokens`"
             f"{'' if room is limit else ', or make the cache longer'}."
         )
-
-
-def crop_in_callers_columns(cache: Any, added: int) -> None:
-    """Have a cache cropped to lengths in the caller's columns.
-
-    Drafts that are not accepted are dropped by `crop`. Transformers 5.23 says how many (negative), which needs no
-    translation; earlier releases say how many tokens stay. There the cache is a part of itself from here on, and its
-    memory is free only when Python has looked for such cycles.
-    """
-    if hasattr(cache, "crop") and "tokens_to_remove" not in inspect.signature(cache.crop).parameters:
-        crop: Callable[..., None] = functools.partial(_crop, added)
-        cache.crop = MethodType(crop, cache)
-
-
-def _crop(added: int, cache: Any, length: int) -> None:
-    type(cache).crop(cache, length + added if length > 0 else length)

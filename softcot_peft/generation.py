@@ -18,7 +18,7 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from . import inputs as forward_inputs
 from ._compat import CACHE_NAME, cache_length, checkpoints, find_cache, is_dynamic
-from .caches import check_room, crop_in_callers_columns, forget
+from .caches import check_room, forget
 from .placement import Placement, align_left, trailing
 from .reader import PromptReader
 from .thinker import Thinker
@@ -236,7 +236,7 @@ def _infer_mask(inputs: dict[str, Any], model: PreTrainedModel) -> Tensor:
 
 
 def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make room for the thoughts in caches of a fixed size, and have caches cropped in the caller's columns.
+    """Make room for the thoughts in caches of a fixed size.
 
     `_prepare_cache_for_generation` is private in transformers, and the only place where such a cache gets its length
     from the caller's `max_length` (5.23).
@@ -245,9 +245,5 @@ def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     generation = RUNNING.get()
     if generation is None or generation.model is not getattr(original, "__self__", None):
         return original(*bound.args, **bound.kwargs)
-    added = generation.placement.num_inserted
-    bound.arguments["max_cache_length"] += added
-    result = original(*bound.args, **bound.kwargs)
-    if added:
-        crop_in_callers_columns(find_cache(bound.arguments["model_kwargs"]), added)
-    return result
+    bound.arguments["max_cache_length"] += generation.placement.num_inserted
+    return original(*bound.args, **bound.kwargs)

@@ -102,7 +102,7 @@ def load_checked(
     """Check what transformers' `load_adapter` is about to load into the base; other loading goes on as it is.
 
     Stands before `PreTrainedModel._load_pretrained_model`, which is private, and the only place between an adapter's
-    injection and its weights (transformers 5.5 to 5.24). `discard` takes an adapter, by its name, off again.
+    injection and its weights (transformers 5.19 to 5.24). `discard` takes an adapter, by its name, off again.
     """
     model = kwargs.get("model", args[0] if args else None)
     files, state = kwargs.get("checkpoint_files"), kwargs.get("state_dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def test_what_checkpointing_costs_is_said(pair: Pair, tmp_path: Path) -> None:
         run.train()
 
 
-def preferences(trainer: Any, settings: Any, pair: Pair, folder: Path, config: SoftCoTConfig, **options: Any) -> Any:
+def preferences(trainer: Any, settings: Any, model: PeftModel, pair: Pair, folder: Path, **options: Any) -> Any:
     """A trainer on prompts, with two answers each for those that compare them."""
     rows = [{"prompt": "How many", "chosen": " legs have", "rejected": " dogs?"}] * 2
     columns = ["prompt"] if trainer is trl.GRPOTrainer else ["prompt", "chosen", "rejected"]
@@ -282,7 +283,7 @@ def preferences(trainer: Any, settings: Any, pair: Pair, folder: Path, config: S
     }  # fmt: skip
     rewards = {"reward_funcs": lambda completions, **_: [float(number) for number in range(len(completions))]}
     return trainer(
-        get_peft_model(pair.load_base(), config),
+        model,
         args=settings(**defaults | options),
         train_dataset=datasets.Dataset.from_list(rows).select_columns(columns),
         processing_class=pair.tokenizer,
@@ -292,12 +293,12 @@ def preferences(trainer: Any, settings: Any, pair: Pair, folder: Path, config: S
 
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_dpo_starts_from_equal_log_probabilities(precomputed: bool, pair: Pair, tmp_path: Path) -> None:
-    config = pair.config(inference_num_thought_tokens=2)
-    run = preferences(trl.DPOTrainer, trl.DPOConfig, pair, tmp_path, config, precompute_ref_log_probs=precomputed)
-    run.ref_model = None
+    pair.model(inference_num_thought_tokens=2).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(pair.load_base(), tmp_path / "adapter", is_trainable=True)
+    run = preferences(trl.DPOTrainer, trl.DPOConfig, model, pair, tmp_path, precompute_ref_log_probs=precomputed)
     run.train()
     first = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
-    assert first == pytest.approx(0.6931, abs=1e-3) if precomputed else first > 0
+    assert first == pytest.approx(math.log(2), abs=1e-4)
 
 
 # 11: rows that are cut off have no labels; the policy may sample the thought token
@@ -309,8 +310,8 @@ GRPO: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("habit", GRPO)
 def test_grpo_trains(habit: str, pair: Pair, tmp_path: Path) -> None:
-    config = pair.config(thought_token="<thought>")
+    model = get_peft_model(pair.load_base(), pair.config(thought_token="<thought>"))
     options = {"max_completion_length": 4, "num_generations": 2, "per_device_train_batch_size": 2} | GRPO[habit]
-    run = preferences(trl.GRPOTrainer, trl.GRPOConfig, pair, tmp_path, config, **options)
+    run = preferences(trl.GRPOTrainer, trl.GRPOConfig, model, pair, tmp_path, **options)
     run.train()
     assert run.state.global_step == 1
