@@ -356,19 +356,24 @@ def _in_line(values: Tensor, rows: Rows, length: int) -> Tensor:
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     """A model that computes in float32, but for its head, so that rounding hides no difference between two ways.
 
-    Each weight in half precision is cast while its module runs. Quantised ones that have a dtype to compute in
-    (bitsandbytes 0.50) compute in float32; others stay as coarse as they are.
+    Weights in half precision are cast a layer at a time, while it runs; layers are what a list holds, and use each
+    other's weights only inside. Quantised ones that have a dtype to compute in (bitsandbytes 0.50) compute in float32;
+    others stay as coarse as they are.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart, narrow, kept = {*embedding.modules(), *head.modules()}, {}, {}
+    apart: set[Tensor] = {*embedding.parameters(), *head.parameters()}
+    narrow, kept = {}, {}
+
+    def weights(module: nn.Module) -> Iterator[Tensor]:
+        return (weight for weight in module.parameters(recurse=module in layers) if weight not in apart)
 
     def widen(module: nn.Module, args: Any) -> None:
-        for weight in module.parameters(recurse=False):
+        for weight in weights(module):
             if weight.dtype in (torch.bfloat16, torch.float16):
                 narrow[weight], weight.data = weight.data, weight.data.float()
 
     def restore(module: nn.Module, args: Any, output: Any) -> None:
-        for weight in module.parameters(recurse=False):
+        for weight in weights(module):
             weight.data = narrow.pop(weight, weight.data)
 
     def to_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -379,8 +384,10 @@ def _in_float32(model: PreTrainedModel) -> Iterator[None]:
         embedding.register_forward_hook(lambda module, args, output: output.float()),
         head.register_forward_pre_hook(to_head),
     ]
+    layers = {layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module}
+    inside = {part for layer in layers for part in layer.modules() if part is not layer}
     for module in model.modules():
-        if module not in apart:
+        if module not in inside:
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
         if isinstance(getattr(module, "compute_dtype", None), torch.dtype):
             kept[module], module.compute_dtype = module.compute_dtype, torch.float32  # type: ignore[assignment]

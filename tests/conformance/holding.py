@@ -162,7 +162,9 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
     model.train()
     check_step(model, judge, model(**labelled([0], judge)).loss)
     model.eval()
-    return remarks if check_two_passes(model, judge) else [*remarks, ONE_PASS]
+    divided = check_two_passes(model, judge)
+    assert divided == divides_in_bfloat16(judge)
+    return remarks if divided else [*remarks, ONE_PASS]
 
 
 def check_two_passes(model: PeftModel, judge: Judge) -> bool:
@@ -186,6 +188,14 @@ def check_two_passes(model: PeftModel, judge: Judge) -> bool:
     base.training = False
     config.two_pass_training = True
     return divided
+
+
+def divides_in_bfloat16(judge: Judge) -> bool:
+    """Whether the base in bfloat16 is trained in two passes."""
+    base = copy.deepcopy(judge.base).bfloat16()
+    model = attach(base)
+    base.training = True
+    return any(model(**labelled(rows, judge)).logits is None for rows in ([0], [1], [0, 1]))
 
 
 def check_generation(model: PeftModel, judge: Judge) -> tuple[list[list[int]], list[str]]:
