@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftType, TaskType
 
-from ._card import write_usage
-from .untrusted import has_pickle_alone, pickled
+from .checkpoint.card import write_usage
+from .checkpoint.untrusted import has_pickle_alone, pickled
 
 _POSITIVE = ("num_thought_tokens", "inference_num_thought_tokens")
+_REQUIRED = ("thought_source", "projection")
 _TEXTS = (
+    *_REQUIRED,
     "assistant_model_name_or_path",
     "assistant_revision",
     "thought_token",
@@ -33,9 +35,11 @@ _PLACEMENTS = ("prompt_end", "thought_token")
 class SoftCoTConfig(PeftConfig):
     """Configuration of a SoftCoT adapter (arXiv 2502.12134).
 
+        >>> config = SoftCoTConfig(assistant_model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct", task_type="CAUSAL_LM")
+
     Args:
         assistant_model_name_or_path: Hub id or folder of the frozen assistant LM, or the name given to
-            [`use_assistant`]. Required.
+            [`use_assistant`]. Required by the source `"assistant"`.
         assistant_revision: Commit, tag or branch of the assistant. The resolved commit is written on save.
         num_thought_tokens: N, the number of soft thoughts, in training and wherever a text is scored. The paper trains
             with 32.
@@ -55,6 +59,10 @@ class SoftCoTConfig(PeftConfig):
             decoded and encoded again. `None`: the two tokenizers are compared.
         tokenizer_name_or_path: The base's tokenizer when it is not where the base is.
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`; `"auto"` is the checkpoint's own.
+        thought_source: What reads the prompt: `"assistant"`, or the name of a source given to
+            [`~softcot_peft.sources.register_source`].
+        projection: What turns the source's states into soft thoughts: `"linear"`, or the name of a projection given to
+            [`~softcot_peft.sources.register_projection`].
         init_weights: `True`: the linear layer's usual initialisation. `False`: random values large enough to see in a
             test.
         two_pass_training: Whether training steps run prompts without gradient into a cache, and only thoughts and
@@ -97,6 +105,8 @@ class SoftCoTConfig(PeftConfig):
         default=None, metadata={"help": "The base's tokenizer when it is not where the base is."}
     )
     assistant_dtype: str = field(default="auto", metadata={"help": "Dtype to load the assistant in."})
+    thought_source: str = field(default="assistant", metadata={"help": "What reads the prompt."})
+    projection: str = field(default="linear", metadata={"help": "What turns states into soft thoughts."})
     init_weights: bool = field(default=True, metadata={"help": "Whether to use the usual initialisation."})
     two_pass_training: bool = field(
         default=True, metadata={"help": "Whether training runs prompts without gradient, where it can."}
@@ -144,7 +154,7 @@ class SoftCoTConfig(PeftConfig):
             if value is not None and not isinstance(value, str):
                 raise TypeError(
                     f"`{name}` must be a string, got {type(value).__name__}."
-                    + (" Pass a loaded model with `use_assistant`." if name == _TEXTS[0] else "")
+                    + (" Pass a loaded model with `use_assistant`." if name == _PLACES[0] else "")
                 )
         for name in _POSITIVE:
             value = getattr(self, name)
@@ -158,7 +168,10 @@ class SoftCoTConfig(PeftConfig):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
     def _check_values(self) -> None:
-        if not self.assistant_model_name_or_path:
+        for name in _REQUIRED:
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(self, name)!r}.")
+        if self.thought_source == "assistant" and not self.assistant_model_name_or_path:
             raise ValueError(
                 "`assistant_model_name_or_path` must name the assistant, got "
                 f"{self.assistant_model_name_or_path!r}. Pass a Hub id, a folder, or the name of a loaded model given "

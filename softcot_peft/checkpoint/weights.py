@@ -1,0 +1,129 @@
+"""Checks the tensors of an adapter's file before they enter a model: those of its source, and nothing else.
+
+Adapter files come from strangers. PEFT and transformers load every tensor whose name they find in the model, so that a
+file could replace weights of the base. In a file, the tensors of a source have the name of the base's input embedding
+and `softcot_` before their own: `base_model.model.model.embed_tokens.softcot_projection.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..compat.engines import unwrapped
+from .untrusted import pickled
+
+SOURCES = "softcot_source"  # attribute of the wrapped embedding: its sources by adapter name
+_OWN = "softcot_"
+_PREFIX = "base_model.model."  # of names in adapter files, whatever the model's own names begin with
+
+
+class _Source(Protocol):
+    """What is asked of a thought source here."""
+
+    def checkpoint_tensors(self) -> dict[str, torch.Size]: ...
+
+    def check_checkpoint(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+def name_in_file(key: str, adapter_name: str) -> str:
+    """The name in a file of a tensor of the model.
+
+    >>> name_in_file("base_model.model.embed_tokens.softcot_source.default.projection.weight", "default")
+    'base_model.model.embed_tokens.softcot_projection.weight'
+    """
+    path, found, name = unwrapped(key).rpartition(f".{SOURCES}.{adapter_name}.")
+    return f"{path}.{_OWN}{name}" if found else name
+
+
+def names_in_file(path: str, source: _Source) -> dict[str, str]:
+    """The names that a source's tensors may have in a file, with and without PEFT's prefix, to their own names.
+
+    Args:
+        path: Name of the wrapped embedding among the model's modules.
+        source: The source.
+    """
+    path = unwrapped(path).removeprefix(_PREFIX)
+    names = {f"{path}.{_OWN}{name}": name for name in source.checkpoint_tensors()}
+    return names | {f"{_PREFIX}{key}": name for key, name in names.items()}
+
+
+def check_tensors(found: Mapping[str, Tensor], model: nn.Module, path: str, source: _Source) -> dict[str, Tensor]:
+    """The tensors of a source among those of a file, checked.
+
+    Args:
+        found: The file's tensors.
+        model: The model that they are for.
+        path: Name of the wrapped embedding among its modules.
+        source: The adapter's source.
+
+    Returns:
+        The tensors under their names in the file.
+
+    Raises:
+        ValueError: One is missing, has another shape, is no floating-point tensor or not finite; or the file holds
+            weights of the base that differ from those of this base.
+    """
+    names, wanted = names_in_file(path, source), source.checkpoint_tensors()
+    checked = {key: tensor for key, tensor in found.items() if key in names}
+    own = {names[key]: tensor for key, tensor in checked.items()}
+    for name in wanted:
+        if name not in own:
+            where = f"{unwrapped(path).removeprefix(_PREFIX)}.{_OWN}{name}"
+            raise ValueError(
+                f"The adapter's file must hold {where}, but holds {sorted(found)[:4]}. Save the adapter again with "
+                "`save_pretrained`, or load the base that it was trained on."
+            )
+    _check_rest({key: tensor for key, tensor in found.items() if key not in names}, model)
+    source.check_checkpoint(own)
+    for name, shape in wanted.items():
+        _check_values(name, own[name], shape)
+    return checked
+
+
+def _check_values(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    real = tensor.is_floating_point()
+    if tensor.shape == shape and real and tensor.isfinite().all():
+        return
+    infinite = ", some not finite" if real and not tensor.isfinite().all() else ""
+    raise ValueError(
+        f"The adapter's {_OWN}{name} must hold finite floating-point numbers of the shape {tuple(shape)}, got "
+        f"{tuple(tensor.shape)}, {tensor.dtype}{infinite}. The file is broken or was written by a training run that "
+        "diverged; load an earlier one."
+    )
+
+
+def _check_rest(rest: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Reject tensors beyond the source's, but for copies of what the base holds: PEFT saves resized embeddings."""
+    if not rest:
+        return
+    state = {unwrapped(name): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in rest.items():
+        bare = name.removeprefix(_PREFIX)
+        present = next((state[key] for key in (name, bare, _PREFIX + bare) if key in state), None)
+        if present is None or present.shape != tensor.shape or not torch.equal(tensor.to(present), present):
+            raise ValueError(
+                f"The adapter's file must hold its projection and nothing else, but {name!r} is "
+                + ("unknown to this base." if present is None else "a weight of the base, and not this base's.")
+                + " A SoftCoT adapter does not change its base. If the adapter is yours and its embeddings were "
+                "resized, save the resized base, load it, and save the adapter with `save_embedding_layers=False`."
+            )
+
+
+def read_safetensors(files: list[str]) -> dict[str, Tensor]:
+    """The tensors of safetensors files.
+
+    Raises:
+        ValueError: A file is a pickle.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(pickled(str(file)))
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+    return tensors

@@ -1,0 +1,1 @@
+"""Differences between models, releases of transformers and engines, each with its reason."""

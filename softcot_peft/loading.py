@@ -1,0 +1,46 @@
+"""Checks what transformers' `load_adapter` is about to load into a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .attached import discard_injected, path_of
+from .checkpoint.weights import SOURCES, check_tensors, names_in_file, read_safetensors
+from .embedding import SoftCoTLayer
+
+
+def load_checked(layer: SoftCoTLayer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter's checked tensors; other loading goes on as it is.
+
+    Stands before `PreTrainedModel._load_pretrained_model`, which is private, and the only place between an adapter's
+    injection and its weights (transformers 5.19 to 5.24). An adapter that cannot be loaded is taken off again.
+    """
+    model = kwargs.get("model", args[0] if args else None)
+    name = _loading(layer, kwargs.get("expected_keys"))
+    if name is None or not isinstance(model, PreTrainedModel):
+        return original(*args, **kwargs)
+    try:
+        found = kwargs.get("state_dict") or read_safetensors(kwargs.get("checkpoint_files") or [])
+        path, source = path_of(model, layer), layer.source(name)  # a compiled backbone's path is not the file's
+        checked, names = check_tensors(found, model, path, source), names_in_file(path, source)
+        place = f"{path}.{SOURCES}.{name}."
+        kwargs["state_dict"] = {place + names[key]: tensor for key, tensor in checked.items()}
+        result = original(*args, **kwargs)
+        if unfilled := [key for key in result[0].missing_keys if key.startswith(place)]:
+            raise ValueError(f"The adapter's file must fill {unfilled}, but transformers loaded nothing into it.")
+    except Exception:
+        discard_injected(model, name)
+        raise
+    layer.fresh.discard(name)
+    return result
+
+
+def _loading(layer: SoftCoTLayer, expected: list[str] | None) -> str | None:
+    """The adapter whose weights are expected, if it was just injected; `None` for those of other methods."""
+    for name in layer.fresh:
+        if any(f".{SOURCES}.{name}." in key for key in expected or ()):
+            return name
+    return None

@@ -1,0 +1,130 @@
+"""What a cache remembers of the thoughts in it, and how much it has room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..compat.caches import CACHE_NAME, cache_length, counts_tokens, fixed_length
+from ..compat.models import position_limit
+from ..rows.arguments import is_padding_mask, tokens
+from ..rows.placement import Placement, trailing
+
+_RECORD = "softcot_record"  # attribute of a cache
+
+
+@dataclass(frozen=True)
+class Record:
+    """The thoughts in a cache, as far as it is the same whichever rows are picked from it."""
+
+    placement: Placement  # where they stand, without what differs by row
+    adapter: str  # name of the adapter that made them
+    length: int  # the caller's columns of the prompts
+    end: int  # how long the cache is at least while it holds all thoughts
+
+
+def remember(cache: Any, placement: Placement, adapter: str, length: int) -> None:
+    """Note on a cache that has just been filled where the thoughts stand in it."""
+    end = min(cache_length(cache), placement.latest + placement.num_thoughts)
+    any_row = replace(placement, start=torch.empty(0, dtype=torch.long), attention_mask=None)
+    setattr(cache, _RECORD, Record(any_row, adapter, length, end))
+
+
+def forget(cache: Any) -> None:
+    """Drop the note of a cache that has been emptied."""
+    getattr(cache, "__dict__", {}).pop(_RECORD, None)
+
+
+def recall(cache: Any, adapter: str | None, inputs: dict[str, Any]) -> Placement | None:
+    """Where the thoughts stand in a cache, for the rows of the pass that goes on from it.
+
+    Rows may have been picked from the cache, and repeated, since it was filled. What differs by row follows from the
+    mask of this pass, whose rows the caller picks as well.
+    """
+    record: Record | None = getattr(cache, _RECORD, None)
+    if record is None and adapter is None:
+        return None
+    if record is None:
+        raise ValueError(
+            f"`{CACHE_NAME}` must come from a call of the model with thoughts, but was filled without, or by "
+            "`generate`. Start from an empty cache, with the whole prompt in `input_ids`, or disable the adapter."
+        )
+    if adapter is None and cache_length(cache) == 0:
+        forget(cache)
+        return None
+    if record.adapter != adapter:
+        now = "adapters are disabled now" if adapter is None else f"{adapter!r} is active now"
+        raise ValueError(
+            f"`{CACHE_NAME}` must come from a pass with the same adapter, but holds the thoughts of "
+            f"{record.adapter!r}, and {now}. Start from an empty cache, with the whole prompt in `input_ids`."
+        )
+    if cache_length(cache) < record.end:
+        raise ValueError(
+            f"`{CACHE_NAME}` must hold all thoughts, but was cropped to {cache_length(cache)} positions, and the "
+            f"thoughts end at {record.end}. A cache counts thoughts too; crop less, or start from an empty cache."
+        )
+    return replace(record.placement, start=_starts(record, inputs, cache))
+
+
+def _starts(record: Record, inputs: dict[str, Any], cache: Any) -> Tensor:
+    """Column of each row's first thought, `(B,)`."""
+    reference, mask, placement = tokens(inputs), inputs.get("attention_mask"), record.placement
+    by_row = placement.inserted and placement.column is None
+    needed = placement.padded and counts_tokens(cache)
+    if needed if mask is None else not (is_padding_mask(mask) and mask.shape[1] >= record.length):
+        found = "none" if mask is None else tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must be the padding mask of all tokens so far, (batch, {record.length} and more), got "
+            f"{found}. After `{CACHE_NAME}`, pass the prompts' mask, followed by a 1 for every token since."
+        )
+    if by_row and placement.reach > 0:
+        raise ValueError(
+            f"`{CACHE_NAME}` must come from prompts without labels, but was filled with labels that start in another "
+            "column in every row, and caches do not know their rows. Leave out `labels`, or run the rows one by one."
+        )
+    if by_row and mask is not None:  # behind the last attended token of the prompt
+        return record.length - trailing(mask[:, : record.length])
+    return torch.full((len(reference),), placement.latest, device=reference.device)
+
+
+def check_room(
+    model: PreTrainedModel, cache: Any, inputs: dict[str, Any], columns: int, added: int = 0, new: int = 1
+) -> None:
+    """Refuse a pass that has no room for its thoughts, or for the tokens that are to follow them.
+
+    Whoever asks for more new tokens than the base has room for counts on answers that end early, and is refused when
+    one does not.
+
+    Args:
+        model: The base.
+        cache: The cache of the pass, if any.
+        inputs: The forward's arguments.
+        columns: How many columns the base has read after it.
+        added: Thoughts that are still to be added.
+        new: Tokens that are to be written at most.
+
+    Raises:
+        ValueError: They do not fit into the base's positions, or into a cache of fixed size.
+    """
+    limit, size = position_limit(model.config), fixed_length(cache, model.config)
+    reached, positions, mask = columns, inputs.get("position_ids"), inputs.get("attention_mask")
+    if limit is not None and columns + added + new - 1 > limit:  # padding may have no positions
+        if isinstance(positions, Tensor):
+            reached = int(positions.max()) + 1
+        elif isinstance(mask, Tensor) and mask.shape == tokens(inputs).shape[:2]:
+            reached = int(mask.ne(0).sum(1).max())
+    rooms = ((limit, reached, "the base's {} positions"), (size, columns, f"the {{}} columns of `{CACHE_NAME}`"))
+    for room, used, what in rooms:
+        if room is None or used + added + (new - 1 if used + new - 1 <= room else 0) <= room:
+            continue
+        left = room - used - added + 1
+        raise ValueError(
+            f"Tokens and thoughts must fit into {what.format(room)}, got {used}{f' + {added}' if added else ''}"
+            f"{f', which leaves room for {left} new tokens, not {new}' if left > 0 else ''}. Shorten the input, lower "
+            "`max_new_tokens`, `num_thought_tokens` or `inference_num_thought_tokens`"
+            f"{'' if room is limit else ', or make the cache longer'}."
+        )

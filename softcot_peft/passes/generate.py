@@ -1,0 +1,103 @@
+"""Wraps the base's `generate`: the source reads each prompt once, and everything else is in the caller's tokens.
+
+`generate` never meets a thought position: the hooks translate its forward passes one by one, so penalties, bans, stop
+strings, streamers, lengths, scores and drafts see what they see without an adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..compat.caches import find_cache
+from ..rows.arguments import pop_own, tokens
+from ..rows.checks import check_arguments
+from ..rows.placement import Placement, align_left, trailing
+from ..sources import ThoughtSource
+from .cache_record import check_room, forget
+from .generation import GENERATION, Generation, distinct_rows, running_generation
+from .host import Host
+from .options import check_options, infer_mask, most_new
+
+
+def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The base's `generate`, with the active adapter's thoughts.
+
+    Right-padded prompts are aligned to the left first, since new tokens continue the last column; the result shows the
+    caller's prompts as they were.
+
+    Raises:
+        ValueError: The prompts cannot carry thoughts, or an option would run the base without them.
+    """
+    own = pop_own(kwargs)
+    source = host.layer.active_source()
+    if source is None:
+        return original(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kwargs).arguments
+    inputs = {**bound.pop("kwargs", {}), **bound}
+    if inputs.get("inputs") is not None and inputs.get("input_ids") is None:
+        inputs["input_ids"] = inputs.pop("inputs")
+    for name in ("labels", "shift_labels"):  # trainers that evaluate with `generate` pass them
+        inputs.pop(name, None)
+    check_options(inputs, host.model)
+    check_arguments(inputs, own)
+    if inputs.get("attention_mask") is None:
+        inputs["attention_mask"] = infer_mask(inputs, host.model)
+    prompt, length = inputs.get("input_ids"), tokens(inputs).shape[1]
+    generation = _start(host, inputs, source, own)
+    token = GENERATION.set(generation)
+    try:
+        result = original(**inputs)
+    finally:
+        GENERATION.reset(token)
+    if prompt is not None and inputs["input_ids"] is not prompt:  # it was aligned
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        sequences[:, :length] = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
+    return result
+
+
+def _start(host: Host, inputs: dict[str, Any], source: ThoughtSource, own: dict[str, Tensor | None]) -> Generation:
+    """Place the thoughts, have the prompts read, and align right-padded ones to the left, within the dict."""
+    placement, model = host.locate(inputs, source), host.model
+    mask, cache = inputs["attention_mask"], find_cache(inputs)
+    new = most_new(inputs, model, mask.shape[1])
+    check_room(model, cache, inputs, mask.shape[1], placement.num_inserted, new)
+    forget(cache)  # it is empty, but may have been used before
+    first, prompt = distinct_rows(model, inputs, own, mask)
+    ids = inputs.get("input_ids")
+    few = placement if len(first) == len(prompt) else placement.select(first)
+    states = host.read(ids if ids is None else ids[first], few, source, own)
+    if placement.padded and (mask[:, -1] == 0).any():
+        placement = _align(inputs, placement, mask)
+    return Generation(model, placement, states, mask.shape[1], first, prompt)
+
+
+def _align(inputs: dict[str, Any], placement: Placement, mask: Tensor) -> Placement:
+    """Align right-padded prompts to the left; returns where their thoughts stand then."""
+    for name, value in inputs.items():
+        if name == "position_ids" and isinstance(value, Tensor):  # may have more axes before, and one row for all
+            by_row = value.expand(*value.shape[:-2], *mask.shape).movedim((-2, -1), (0, 1))
+            inputs[name] = align_left(by_row, mask).movedim((0, 1), (-2, -1))
+        elif name != "attention_mask" and isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+            inputs[name] = align_left(value, mask)
+    start = placement.start + trailing(mask)
+    inputs["attention_mask"] = aligned = align_left(mask, mask)
+    earliest, latest = (int(end) for end in start.aminmax())
+    return replace(placement, start=start, attention_mask=aligned, latest=latest, earliest=earliest)
+
+
+def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Make room for the thoughts in caches of a fixed size.
+
+    `_prepare_cache_for_generation` is private in transformers, and the only place where such a cache gets its length
+    from the caller's `max_length` (5.23).
+    """
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    generation = running_generation(getattr(original, "__self__", None))
+    if generation is not None:
+        bound.arguments["max_cache_length"] += generation.placement.num_inserted
+    return original(*bound.args, **bound.kwargs)

@@ -1,0 +1,157 @@
+"""`Host`: a base LM with its wrapped embedding. Locates the thought positions and runs the source."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..compat.engines import is_whole
+from ..compat.models import argument_names, ordinary_token, takes_positions
+from ..compat.releases import attached_configs
+from ..config import SoftCoTConfig
+from ..embedding import RUNNING, SoftCoTLayer, Writing
+from ..rows.arguments import tokens, unshift
+from ..rows.locate import locate
+from ..rows.placement import Placement, prompts
+from ..sources import Prompts, ThoughtSource
+
+
+class Reading:
+    """What runs while a source reads: an assistant may be the very base that the thoughts are for."""
+
+    writing: Writing | None = None
+
+
+READING = Reading()
+
+
+class Host:
+    """A base LM that carries thoughts.
+
+    Args:
+        model: The base.
+        layer: Its wrapped input embedding.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer) -> None:
+        self.model = model
+        self.layer = layer
+        self.names = argument_names(model)
+        self.takes_positions = takes_positions(model)
+        self.handles: list[RemovableHandle] = []  # of hooks that passes register
+        self._warned: set[str] = set()
+
+    def locate(self, inputs: dict[str, Any], source: ThoughtSource, num_thoughts: int | None = None) -> Placement:
+        """Locate the thought positions of a batch.
+
+        Args:
+            inputs: The forward's arguments, unpadded or padded on either side.
+            source: The active adapter's.
+            num_thoughts: N where prompts hold no run of thought tokens; `None`: the config's number for texts that are
+                scored, which have labels, or its other one for texts that are to be continued.
+
+        Raises:
+            ValueError: The batch cannot carry thoughts.
+        """
+        config = source.config
+        reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
+        if labels is None and inputs.get("shift_labels") is not None:
+            labels = unshift(inputs["shift_labels"])
+        # Not by `model.training`: a text's log-probabilities are the same in training and evaluation.
+        written = None if labels is not None else config.inference_num_thought_tokens
+        num = num_thoughts or written or config.num_thought_tokens
+        if inputs.get("input_ids") is None and mask is None:
+            mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
+        width = self.layer.base_hidden_size
+        if reference.dim() == 3 and reference.shape[2] != width:
+            raise ValueError(f"`inputs_embeds` must be as wide as the base's, {width}, got {reference.shape[2]}.")
+        return locate(
+            inputs.get("input_ids"),
+            mask,
+            labels,
+            num,
+            source.thought_token_id,
+            run_required=config.placement == "thought_token",
+            vocabulary=self.layer.vocabulary,
+            shared_vocabulary=source.id_limit,
+        )
+
+    def read(
+        self,
+        input_ids: Tensor | None,
+        placement: Placement,
+        source: ThoughtSource,
+        own: Mapping[str, Tensor | None] = MappingProxyType({}),
+        afresh: bool = False,
+    ) -> Tensor:
+        """Have the source read the prompts of a batch, once.
+
+        Args:
+            input_ids: The caller's ids `(B, L)`; not looked at with `own` input.
+            placement: Where the thoughts stand; the source sees nothing beyond.
+            source: The active adapter's.
+            own: The caller's own input for the source: `assistant_input_ids` `(B, P)`, ending in N thought positions,
+                and `assistant_attention_mask`.
+            afresh: Whether states that were computed before are left aside.
+
+        Returns:
+            The states that the source projects, `(B, K, N, ...)`, on the base's device.
+
+        Raises:
+            ValueError: The caller's own input does not fit, or an adapter of another method that was attached later
+                has taken over the embedding or the name.
+            RuntimeError: The model is in training mode and the source cannot be trained where it is.
+        """
+        self._check_neighbours()
+        if self.model.training:
+            self.layer.check_trains()
+        own_ids = own.get("assistant_input_ids")
+        # Weights that are sharded or offloaded rest elsewhere than where they are used: with the inputs.
+        device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
+        num = placement.num_thoughts
+        token = RUNNING.set(READING)
+        try:
+            if own_ids is not None:
+                rows = len(placement.start)
+                return source.read_own(own_ids, own.get("assistant_attention_mask"), num, rows, device)
+            if input_ids is None:
+                raise ValueError("`input_ids` must be given for the assistant to read, got none.")
+            found = Prompts(*prompts(input_ids, placement), device)
+            return source.read(found, num) if afresh else source.states(found, num)
+        finally:
+            RUNNING.reset(token)
+
+    def filler(self, source: ThoughtSource) -> int:
+        """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
+        return ordinary_token(self.model) if source.thought_token_id is None else source.thought_token_id
+
+    def warn_once(self, message: str) -> None:
+        """Warn about something that holds for every later batch too."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def _check_neighbours(self) -> None:
+        """Reject another method's adapter, attached later, that changes the thoughts or has taken the name."""
+        embedding, name = self.model.get_input_embeddings(), self.layer.active_name()
+        if embedding is not self.layer and isinstance(embedding, BaseTunerLayer):
+            kind = type(embedding)
+            raise ValueError(
+                f"The base's input embedding must be free of other adapters, got {kind.__module__}.{kind.__name__} "
+                "around the thoughts, which it would change. Call `unload()` and keep the embedding out of its "
+                "`target_modules`."
+            )
+        config = attached_configs(self.model).get(str(name))
+        if config is not None and not isinstance(config, SoftCoTConfig):
+            raise ValueError(
+                f"Adapter {name!r} must have a name of its own, but a {config.peft_type!s} adapter was attached under "
+                "it, and only that one would be saved. Call `unload()` and give the two different names."
+            )

@@ -1,0 +1,61 @@
+"""The passes of `generate` over prompts: all at once, in chunks, or again and again without a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..compat.caches import cache_length, find_cache
+from ..rows.arguments import tokens
+from ..rows.columns import repeat_rows
+from ..sources import ThoughtSource
+from .generation import Generation
+from .host import Host
+from .interface import InsertingPass
+
+
+class Prefill(InsertingPass):
+    """Inserts the thoughts that `generate` has had read. Rows that repeat a prompt share one row where they can.
+
+    Args:
+        host: The base that runs.
+        source: The active adapter's.
+        generation: The running `generate` call.
+    """
+
+    repeats: Tensor | None = None  # which row of this pass each row of the caller's is, `(B,)`; `None`: its own
+
+    def __init__(self, host: Host, source: ThoughtSource, generation: Generation) -> None:
+        super().__init__(host, source)
+        self.generation = generation
+
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Insert the thoughts, unless they come in a later chunk of the prompts."""
+        generation, cache = self.generation, find_cache(inputs)
+        batch, length = tokens(inputs).shape[:2]
+        placement = generation.placement_of(batch)
+        seen = 0 if generation.prefilled else generation.consumed
+        if generation.prefilled and length < generation.length:
+            raise RuntimeError(
+                f"`generate` passed {length} tokens, fewer than the prompt's {generation.length}, and no cache that "
+                f"holds the rest, so {type(self.host.model).__name__} cannot carry thoughts while decoding. Report it."
+            )
+        generation.consumed = seen + length
+        if placement.inserted and not generation.prefilled:
+            return  # the thoughts come after the last chunk
+        rows = generation.prompts_of(batch)
+        if seen == 0 and cache_length(cache) == 0 and generation.shares(inputs, cache):
+            self.insert(inputs, generation.keep_distinct(inputs), generation.states)
+            self.repeats = rows
+        else:
+            self.insert(inputs, placement, generation.states[rows], seen)
+
+    def finish(self, output: Any) -> Any:
+        """Take the thought positions out of the output, and repeat shared rows."""
+        output = super().finish(output)
+        if self.repeats is not None and self.placement is not None:
+            cache = find_cache(output)
+            output = repeat_rows(output, self.repeats, len(self.placement.start))
+            cache.batch_select_indices(self.repeats)
+        return output

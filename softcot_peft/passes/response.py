@@ -1,0 +1,88 @@
+"""The second pass of a training step: thoughts and responses, after a cache of the prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat.caches import CACHE_NAME, CACHE_NAMES, find_cache
+from ..embedding import Writing
+from ..rows.arguments import PER_TOKEN_OUTPUTS
+from ..rows.divide import DividedRows
+from ..sources import ThoughtSource
+from .head_loss import HeadLoss
+from .host import Host
+from .interface import Pass
+
+
+@torch.no_grad()
+def run_prompts(host: Host, source: ThoughtSource, rows: DividedRows) -> Any:
+    """The first pass: the cache of the prompts, without logits if the base can be told so."""
+    inputs = {**rows.prompt, "use_cache": True, "return_dict": True}
+    if "logits_to_keep" in host.names:
+        inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=rows.cut.device)
+    return find_cache(Pass(host, source).run(inputs))
+
+
+class ResponsePass(Pass):
+    """Runs thoughts and responses with gradient, and computes the loss in the place of the head where it may.
+
+    Args:
+        host: The base that runs.
+        source: The active adapter's.
+        rows: The divided rows.
+        states: What the thoughts are made of, `(B, K, N, ...)`.
+    """
+
+    def __init__(self, host: Host, source: ThoughtSource, rows: DividedRows, states: Tensor) -> None:
+        super().__init__(host, source)
+        self.rows = rows
+        self.head_loss: HeadLoss | None = None  # computes the loss in the place of the base's head; `None`: the base
+        self.writing = Writing(host.layer, states, rows.placement.start - rows.cut, rows.shape)
+
+    def begin_after(self, inputs: dict[str, Any], cache: Any, replaces_head: bool) -> None:
+        """Change the step's arguments to those of this pass, without logits that nobody sees.
+
+        Args:
+            inputs: The step's arguments.
+            cache: Of the prompts.
+            replaces_head: Whether head and loss are those that the base came with, and the head is the last thing
+                that the base runs.
+        """
+        rows, host = self.rows, self.host
+        labels: Tensor | None = rows.labels
+        common = (*host.names, *PER_TOKEN_OUTPUTS, "return_dict", "num_items_in_batch")
+        # A head of a trainer's own in the forward (TRL's) has arguments of its own, and may not know ours.
+        known = all(name in common for name, value in inputs.items() if value is not None)
+        if replaces_head and known:
+            number = inputs.pop("num_items_in_batch", None)
+            vocabulary = host.model.config.get_text_config(decoder=True).vocab_size
+            head = host.model.get_output_embeddings()
+            self.head_loss = HeadLoss(head, rows.predicts, rows.targets, number, vocabulary)
+            labels = None
+        elif rows.skipped and known and "logits_to_keep" in host.names:
+            # Columns by name: a slice of several rows is no matrix, and would be multiplied row by row.
+            inputs["logits_to_keep"] = torch.arange(rows.skipped, rows.shape[1], device=rows.labels.device)
+            labels = rows.labels[:, rows.skipped :].contiguous()
+        inputs.pop("attention_mask", None)
+        inputs.update(rows.response, labels=labels, use_cache=True, **{CACHE_NAME: cache})
+
+    def finish(self, output: Any) -> Any:
+        """Put the outputs in line with the caller's tokens.
+
+        There are no logits, for those of the prompts were not made. Other values of tokens before the thoughts are 0,
+        and the cache, whose columns are not the caller's, is left out.
+        """
+        self.check_written()
+        rows = self.rows
+        fields = {name: value for name, value in output.items() if name not in (*CACHE_NAMES, "logits")}
+        if self.head_loss is not None:
+            fields["loss"] = self.head_loss.loss
+        for name, value in fields.items():
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.shape[0]:
+                missing = rows.shape[1] - value.shape[1]
+                if missing in (0, 1):  # 1: compared with shifted labels already
+                    fields[name] = rows.in_line(value, rows.length - missing)
+        return type(output)(**fields)

@@ -1,0 +1,56 @@
+"""A training step in two passes: prompts without gradient into a cache, then thoughts and responses with it.
+
+The base is frozen, so no gradient comes from what stands before the thoughts: neither activations nor logits are
+needed there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..rows.divide import divide
+from ..sources import ThoughtSource
+from .head_loss import HeadLoss
+from .host import Host
+from .response import ResponsePass, run_prompts
+from .two_pass_trial import TwoPassTrial
+from .whole import WholeRows
+
+
+class TwoPassTraining(WholeRows):
+    """Divides a training step where the base allows it, and runs whole rows where it does not.
+
+    Args:
+        host: The base that runs.
+        source: The active adapter's.
+        trial: Knows whether the base allows it.
+    """
+
+    def __init__(self, host: Host, source: ThoughtSource, trial: TwoPassTrial) -> None:
+        super().__init__(host, source)
+        self.trial = trial
+        self.response: ResponsePass | None = None  # the second pass; `None` for whole rows
+
+    @property
+    def head_loss(self) -> HeadLoss | None:
+        """What computes the loss in the place of the base's head; `None`: the base."""
+        return None if self.response is None else self.response.head_loss
+
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Run the prompts, and change the arguments to those of the second pass."""
+        placement, states = self.read(inputs)
+        if not self.trial.allows(inputs, placement, states, self.source):
+            self.insert_whole(inputs, placement, states)
+            return
+        host = self.host
+        rows = divide(inputs, placement, host.filler(self.source), host.takes_positions)
+        cache = run_prompts(host, self.source, rows)
+        self.response = ResponsePass(host, self.source, rows, states)
+        self.response.begin_after(inputs, cache, self.trial.replaces_head())
+        self.writing = self.response.writing
+
+    def finish(self, output: Any) -> Any:
+        """Put the outputs in line with the caller's tokens."""
+        if self.response is None:
+            return super().finish(output)
+        return self.add_auxiliary_loss(self.response.finish(output))

@@ -1,0 +1,25 @@
+"""The base and the thought source of a model's active adapter."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..attached import hooks_of
+from ..passes.host import Host
+from ..sources import ThoughtSource
+
+
+def active(model: nn.Module) -> tuple[Host, ThoughtSource]:
+    """The base that carries thoughts, and the source that reads its prompts.
+
+    Raises:
+        ValueError: The model has no active SoftCoT adapter.
+    """
+    host = hooks_of(model).host
+    source = host.layer.active_source()
+    if source is None:
+        raise ValueError(
+            "`model` must have an active SoftCoT adapter, but its adapters are disabled. Leave `disable_adapter()` "
+            "first."
+        )
+    return host, source

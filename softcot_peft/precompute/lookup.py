@@ -1,0 +1,166 @@
+"""Finds thoughts that were computed before by the prompt's ids. Knows no models, adapters or tokenizers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sized
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STATES, KEY, FINGERPRINT = "assistant_hidden_states", "thoughts_key", "thoughts_fingerprint"  # columns
+COLUMNS = (STATES, KEY, FINGERPRINT)
+_ODD = -7046029254386353131  # 2^64 / golden ratio, the odd number that spreads small ones best; as a signed number
+
+
+def prompt_keys(prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
+    """A 64-bit key of each prompt and N: `sum_j f_j m(id_j) + f_N N mod 2^64`, j counted from the prompt's end.
+
+    The factors `f_j` are odd, and so is `m`, which spreads ids: every token adds something that is not zero, id 0 and
+    the first token too, so that a prompt and its end have different keys. Two prompts have one key by chance of about
+    2^-64, however they are padded.
+
+    Args:
+        prompt_ids: `(B, P)`, the prompts' ends in the last column.
+        prompt_mask: `(B, P)`, 1 = part of the prompt.
+        num_thoughts: N.
+
+    Returns:
+        `(B,)` int64.
+    """
+    length = prompt_ids.shape[1]
+    factors = _factors(1 << length.bit_length(), prompt_ids.device)
+    spread = (prompt_ids.long() + 1) * _ODD
+    spread = (spread ^ (spread >> 32)) | 1
+    return (spread * factors[-length - 1 : -1] * prompt_mask).sum(1) + factors[-1] * num_thoughts
+
+
+@lru_cache(maxsize=32)
+def _factors(length: int, device: torch.device) -> Tensor:
+    """Fixed random odd numbers `(length,)`, the same last ones for every length."""
+    return torch.tensor([_mixed(place) | 1 for place in reversed(range(length))], device=device)
+
+
+def _mixed(number: int) -> int:
+    """SplitMix64 (Steele, Lea and Flood, 2014) of a number, as a signed one."""
+    most = 2**64 - 1
+    number = (number + 1) * 0x9E3779B97F4A7C15 & most
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & most
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & most
+    number ^= number >> 31
+    return number - 2**64 if number >> 63 else number
+
+
+class _Columns:
+    """Columns in memory, as [`compute_thoughts`] returns them for a batch."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        self.keys = torch.as_tensor(columns[KEY])
+        self.states = torch.as_tensor(columns[STATES])
+        found = columns[FINGERPRINT]
+        self.fingerprints = {found} if isinstance(found, str) else set(found)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Hidden states of some rows, `(B, ...)`."""
+        return self.states[rows]
+
+
+class _Dataset:
+    """A data set of Hugging Face `datasets`: hidden states stay on disk, mapped into memory, until they are asked for.
+
+    Read as Arrow tables, whose numbers come as they were written: other formats turn float64 into float32.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        table = dataset.with_format("arrow", columns=[KEY, FINGERPRINT])[:]
+        self.keys = torch.tensor(table.column(KEY).to_numpy())
+        self.fingerprints = set(table.column(FINGERPRINT).unique().to_pylist())
+        self.states = dataset.with_format("arrow", columns=[STATES])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Hidden states of some rows, `(B, N x H)`, in memory of their own."""
+        chunks = self.states[rows.tolist()].column(STATES).chunks  # of the file, not copied yet
+        return torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])).view(len(rows), -1)
+
+
+class ThoughtLookup:
+    """The assistant's hidden states of a data set's prompts, by [`prompt_keys`].
+
+    Copies of a model share it; a pickle is without it.
+
+    Args:
+        dataset: Of `datasets`, or columns by name, with the `COLUMNS` that [`compute_thoughts`] makes.
+
+    Raises:
+        TypeError: It cannot be read in any order.
+        ValueError: It has no rows, lacks a column, or holds two different thoughts for one key.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        remedy = "Make it with `dataset.map(compute_thoughts(model), batched=True, batch_size=16)`."
+        streamed = not isinstance(dataset, Sized)
+        if streamed:
+            raise TypeError(
+                f"`dataset` must be read in any order, got {type(dataset).__name__}. Streamed data sets cannot be; "
+                "write this one to disk, and load it from there."
+            )
+        in_memory = isinstance(dataset, Mapping)
+        names = list(dataset if in_memory else dataset.column_names)
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise ValueError(f"`dataset` must hold the columns {missing}, got {names}. {remedy}")
+        self._rows = _Columns(dataset) if in_memory else _Dataset(dataset)
+        if len(self._rows.keys) == 0:
+            raise ValueError(f"`dataset` must hold rows, got none. {remedy}")
+        self.keys, self._order = self._rows.keys.sort(stable=True)
+        self._warned = False
+
+    @property
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """What its thoughts were computed with, each once."""
+        return [json.loads(text) for text in sorted(self._rows.fingerprints)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThoughtLookup:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+    def find(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor | None:
+        """The hidden states of a batch's prompts; `None` when any is missing, with a warning the first time.
+
+        Args:
+            prompt_ids: `(B, P)`, the prompts' ends in the last column.
+            prompt_mask: `(B, P)`, 1 = part of the prompt.
+            num_thoughts: N. The first of more thoughts would be the same only for templates that do not tell the
+                assistant their number, so thoughts of another N are not found.
+
+        Returns:
+            `(B, K * N * H_source)` in host memory, in the dtype that they are kept in.
+        """
+        keys = prompt_keys(prompt_ids, prompt_mask, num_thoughts).cpu()
+        places = torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)
+        missing = self.keys[places] != keys
+        if missing.any():
+            self._warn(missing, num_thoughts)
+            return None
+        return self._rows.take(self._order[places]).flatten(1)
+
+    def _warn(self, missing: Tensor, num_thoughts: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The data set given to `use_thoughts` lacks thoughts for {int(missing.sum())} of {len(missing)} prompts "
+            f"of a batch, with {num_thoughts} thoughts each, so that the assistant runs for this batch, and for "
+            "others like it without another warning. If they are its own prompts, compute its thoughts from the same "
+            "tokens and number of thoughts; if not, add them to it, or call `use_thoughts(model, None)`.",
+            stacklevel=2,
+        )
+
+
+def _nothing() -> None:
+    """What a pickled lookup is read as."""

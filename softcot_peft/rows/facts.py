@@ -1,0 +1,76 @@
+"""Reads from a batch what decides where its thoughts stand, without leaving the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # the label that the losses of transformers skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rows of a batch hold, by row `(B,)` or by token `(B, L)`."""
+
+    attended: Tensor  # (B, L) bool
+    labelled: Tensor  # (B, L) bool
+    counts: Tensor  # (B,) attended thought tokens without a label
+    run_start: Tensor  # (B,) column of the first of them; L without any
+    run_end: Tensor  # (B,) column behind the last of them; 0 without any
+    last_label: Tensor  # (B,) column of the last label; -1 without any
+    label_runs: Tensor  # (B, L) bool: where a run of labels begins
+    uses_run: Tensor  # () bool: whether any row holds a thought token
+    start: Tensor  # (B,) column of the first thought
+    end: Tensor  # (B,) column behind the last attended or labelled token
+
+    @property
+    def before(self) -> Tensor:
+        """The columns before each row's thoughts, `(B, L)` bool."""
+        return torch.arange(self.attended.shape[1], device=self.start.device) < self.start[:, None]
+
+    @property
+    def prompt(self) -> Tensor:
+        """The tokens that a source may read, `(B, L)` bool."""
+        return self.attended & self.before
+
+
+def read_facts(
+    input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, thought_token_id: int | None
+) -> Facts:
+    """Read ids, mask and labels, each `(B, L)` or `None`.
+
+    A run of thought tokens without labels says where the thoughts stand; a labelled thought token is text. Without a
+    run, thoughts stand before the first label, or after the last attended token in rows without labels.
+    """
+    reference = next(tensor for tensor in (input_ids, attention_mask, labels) if tensor is not None)
+    length = reference.shape[1]
+    columns = torch.arange(length, device=reference.device)
+
+    def first(where: Tensor) -> Tensor:
+        return torch.where(where, columns, length).amin(1)
+
+    def last(where: Tensor) -> Tensor:
+        return torch.where(where, columns, -1).amax(1)
+
+    attended = torch.ones_like(reference, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    labelled = torch.zeros_like(attended) if labels is None else labels != IGNORED
+    is_thought = torch.zeros_like(attended)
+    if input_ids is not None and thought_token_id is not None:
+        is_thought = (input_ids == thought_token_id) & attended & ~labelled
+    counts = is_thought.sum(1)
+    uses_run, run_start = counts.amax() > 0, first(is_thought)
+    prompt_end = torch.where(labelled.any(1), first(labelled), last(attended) + 1)
+    return Facts(
+        attended=attended,
+        labelled=labelled,
+        counts=counts,
+        run_start=run_start,
+        run_end=last(is_thought) + 1,
+        last_label=last(labelled),
+        label_runs=labelled & ~nn.functional.pad(labelled, (1, -1)),
+        uses_run=uses_run,
+        start=torch.where(uses_run, run_start, prompt_end),
+        end=last(attended | labelled) + 1,
+    )

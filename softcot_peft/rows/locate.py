@@ -1,0 +1,102 @@
+"""Locates the thought positions of a batch, and rejects batches that have no single right place for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .facts import Facts, read_facts
+from .placement import Placement
+from .refusals import explain, explain_ids, explain_mask, explain_missing_run
+
+
+def locate(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    num_thoughts: int,
+    thought_token_id: int | None = None,
+    run_required: bool = False,
+    vocabulary: int | None = None,
+    shared_vocabulary: int | None = None,
+) -> Placement:
+    """Locate the thought positions of every row.
+
+    A run of unlabelled thought tokens marks them, and its length is N. Otherwise thoughts stand before the first label
+    that is not -100, or after the last attended token in rows without labels. Labelled thought tokens are text.
+    All checks of the batch are read from the device together, once.
+
+        >>> locate(torch.tensor([[5, 6, 7]]), None, torch.tensor([[-100, -100, 7]]), num_thoughts=4).start
+        tensor([2])
+
+    Args:
+        input_ids: `(B, L)` int64, padded on either side; `None` with embeddings.
+        attention_mask: `(B, L)`, 1 = attended. `None`: all.
+        labels: `(B, L)`, -100 = not predicted. `None`: no labels.
+        num_thoughts: N for automatic placement.
+        thought_token_id: Id of the thought token; `None`: automatic placement only.
+        run_required: Whether a prompt without a run is rejected.
+        vocabulary: Number of ids that the base has embeddings for; `None`: not checked.
+        shared_vocabulary: The same of an assistant that reads the base's ids; `None`: not checked.
+
+    Returns:
+        The placement; `start` is a column of the caller's.
+
+    Raises:
+        ValueError: Rows disagree; a run is interrupted or stands behind all labels; the labels of a row form several
+            runs under automatic placement; a row has no prompt; the mask is not a plain padding mask; or a required
+            run is missing.
+    """
+    facts = read_facts(input_ids, attention_mask, labels, thought_token_id)
+    checks = _checks(facts, input_ids, attention_mask, vocabulary, shared_vocabulary)
+    values = [
+        *checks.values(),
+        facts.counts.amax(),
+        ~facts.attended.all(),
+        facts.start.amax(),
+        facts.start.amin(),
+        (facts.end - facts.start).amax(),
+        (facts.labelled & facts.before).any(),
+    ]
+    *failed, num_run, padded, latest, earliest, reach, late = torch.stack([value.long() for value in values]).tolist()
+    for name, fails in zip(checks, failed, strict=True):
+        if not fails:
+            continue
+        if name == "mask" and attention_mask is not None:
+            raise ValueError(explain_mask(attention_mask))
+        if name in ("vocabulary", "shared") and input_ids is not None:
+            raise ValueError(explain_ids(name, input_ids, vocabulary, shared_vocabulary))
+        raise ValueError(explain(name, facts))
+    if run_required and not num_run:
+        raise ValueError(explain_missing_run(facts, input_ids, thought_token_id, labels is not None))
+    num = num_run or num_thoughts
+    return Placement(facts.start, num, not num_run, attention_mask, bool(padded), latest, earliest, reach, bool(late))
+
+
+def _checks(
+    facts: Facts,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    vocabulary: int | None,
+    shared_vocabulary: int | None,
+) -> dict[str, Tensor]:
+    """What is wrong with a batch, by name, each `()` bool."""
+    passed = facts.uses_run & False
+    has_labels = facts.last_label >= 0
+    checks = {
+        "mask": passed,
+        "counts": (facts.counts != facts.counts[0]).any(),
+        "broken": facts.uses_run & (facts.run_end - facts.run_start != facts.counts).any(),
+        "late": facts.uses_run & (has_labels & (facts.last_label < facts.run_end)).any(),
+        "turns": ~facts.uses_run & (facts.label_runs.sum(1) > 1).any(),
+        "promptless": ~facts.prompt.any(1).all(),
+        "vocabulary": passed,
+        "shared": passed,
+    }
+    if attention_mask is not None:
+        checks["mask"] = ~facts.attended.eq(attention_mask).all()
+    if input_ids is not None and vocabulary is not None:
+        checks["vocabulary"] = ((input_ids < 0) | (input_ids >= vocabulary)).any()
+    if input_ids is not None and shared_vocabulary is not None:
+        checks["shared"] = ((input_ids >= shared_vocabulary) & facts.prompt).any()
+    return checks

@@ -1,0 +1,152 @@
+"""The thought source of arXiv 2502.12134: a frozen assistant LM, whose hidden states are projected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SoftCoTConfig
+from .find_assistant import find_assistant
+from .fingerprint import fingerprint
+from .frozen_lm import FrozenLM
+from .projections import make_projection, project
+from .prompt_reader import PromptReader
+from .source import BaseLM, Prompts, ThoughtSource, register_source
+from .tokenizers import assistant_thought_token_id
+
+
+@register_source("assistant")
+class AssistantSource(ThoughtSource):
+    """Reads prompts with a frozen assistant LM: `t = Assistant([prompt; thought token x N])`, `s = W t + b`.
+
+    Args:
+        config: The adapter's config, which names assistant and projection.
+        base: The base LM.
+
+    Raises:
+        ValueError: Assistant, tokenizers and base do not fit together.
+    """
+
+    def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
+        name = str(config.assistant_model_name_or_path)
+        assistant = find_assistant(name, config.assistant_revision, config.assistant_dtype)
+        trained = (
+            config.assistant_hidden_size or assistant.hidden_size,
+            config.base_hidden_size or base.hidden_size,
+        )
+        if trained != (assistant.hidden_size, base.hidden_size):
+            raise ValueError(_misfit(*trained, assistant.hidden_size, base.hidden_size))
+        super().__init__(config, base)
+        self.assistant = assistant
+        self.reader = self._make_reader(assistant)
+        self.projection = make_projection(
+            config.projection, assistant.hidden_size, base.hidden_size, config.init_weights
+        )
+
+    @classmethod
+    def _needs_tokenizer(cls, config: SoftCoTConfig) -> bool:
+        return config.assistant_shares_tokenizer is not True or super()._needs_tokenizer(config)
+
+    def _make_reader(self, assistant: FrozenLM) -> PromptReader:
+        config, tokenizer = self.config, self.base_tokenizer
+        vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+        shares = config.assistant_shares_tokenizer
+        if shares is None:
+            shares = config.assistant_prompt is None and vocabulary == assistant.tokenizer.get_vocab()
+        largest = max((found for token, found in vocabulary.items() if token != config.thought_token), default=-1)
+        if config.assistant_shares_tokenizer and largest >= assistant.vocabulary:
+            raise ValueError(
+                f"`assistant_shares_tokenizer` must not be True: the base's tokenizer has {largest + 1} ids and the "
+                f"assistant {assistant.vocabulary}. Set it to False, so that prompts are decoded and encoded again."
+            )
+        thought = assistant_thought_token_id(config, assistant)
+        reader = PromptReader(config, assistant, None if shares else tokenizer, thought)
+        reader.check_chat_template()
+        return reader
+
+    @property
+    def id_limit(self) -> int | None:  # type: ignore[override]
+        """Number of the base's ids that the assistant knows and has embeddings for; `None` if it reads text."""
+        return self.reader.shared_vocabulary
+
+    def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
+        """The assistant's last hidden states at the thought positions, `(B, 1, N, H_assistant)`, in its dtype."""
+        ids, mask = self.reader.read(prompts.input_ids, prompts.attention_mask, num_thoughts)
+        return self._run(ids, mask, num_thoughts, prompts.device)
+
+    def read_own(
+        self, input_ids: Tensor, attention_mask: Tensor | None, num_thoughts: int, rows: int, device: torch.device
+    ) -> Tensor:
+        """As `read`, of the caller's own assistant input `(B, P + N)`, which ends in N thought positions.
+
+        Raises:
+            ValueError: It does not fit the batch, N or the assistant's vocabulary.
+        """
+        num = num_thoughts
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if (
+            input_ids.dim() != 2
+            or input_ids.shape[0] != rows
+            or input_ids.shape[1] < num
+            or mask.shape != input_ids.shape
+        ):
+            raise ValueError(
+                f"`assistant_input_ids` must have {rows} rows that end in {num} thought positions, and a mask of "
+                f"the same shape, got {tuple(input_ids.shape)} and {tuple(mask.shape)}. Make one row per prompt, "
+                "padded on the left."
+            )
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("`assistant_attention_mask` must hold 0 and 1 only, found other values.")
+        if attention_mask is not None and (mask[:, -num:] == 0).any():
+            raise ValueError(
+                f"`assistant_attention_mask` must attend to the {num} thought positions at the end of every row, "
+                "got 0 there. Pad on the left."
+            )
+        unknown = (input_ids < 0) | (input_ids >= self.assistant.vocabulary)
+        if (unknown & (mask != 0)).any():
+            raise ValueError(
+                "`assistant_input_ids` must lie within the assistant's vocabulary, 0 to "
+                f"{self.assistant.vocabulary - 1}, got {int(input_ids.min())} to {int(input_ids.max())}. Tokenize "
+                "with the assistant's tokenizer."
+            )
+        return self._run(input_ids.masked_fill(unknown, 0), mask, num, device)  # padding needs no embedding
+
+    def _run(self, ids: Tensor, mask: Tensor, num_thoughts: int, device: torch.device) -> Tensor:
+        return self.assistant.hidden_states(ids, mask, num_thoughts, device, self)[:, None]
+
+    def project(self, states: Tensor) -> Tensor:
+        """Project `(B, K, N, H_assistant)` to `(B, K, N, H_base)`."""
+        return project(self.projection, states)
+
+    def check_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+        """Reject the linear projection of another pair."""
+        found = tuple(tensors["projection.weight"].shape) if "projection.weight" in tensors else ()
+        wanted = (self.base.hidden_size, self.assistant.hidden_size)
+        if self.config.projection == "linear" and len(found) == 2 and found != wanted:
+            raise ValueError(_misfit(found[1], found[0], wanted[1], wanted[0]))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Assistant, commit or weights, dtype, template, tokenizers and thought token."""
+        return fingerprint(self.reader)
+
+    def complete(self, config: SoftCoTConfig) -> None:
+        """Write the sizes and the assistant's resolved commit into the config."""
+        super().complete(config)
+        config.assistant_hidden_size = self.assistant.hidden_size
+        config.assistant_revision = self.assistant.revision or config.assistant_revision
+
+    def release(self) -> None:
+        """Let go of the weights of an assistant that this package loaded."""
+        self.assistant.release()
+
+
+def _misfit(trained_assistant: int, trained_base: int, assistant_size: int, base_size: int) -> str:
+    """The message for an adapter that was trained for other sizes."""
+    return (
+        f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size "
+        f"{trained_base}, but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it "
+        "was trained for: the adapter's `base_model_name_or_path` and `assistant_model_name_or_path`."
+    )

@@ -1,0 +1,117 @@
+"""Finds assistants by name: models given with `use_assistant`, else those of the Hub or of a folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from weakref import WeakValueDictionary
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint.untrusted import read_config
+from ..compat.engines import is_partitioned
+from ..compat.models import check_decoder_lm, head_width
+from ..compat.releases import commit_of
+from .frozen_lm import REMEDY, FrozenLM, unusable
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double")
+
+_preloaded: dict[str, FrozenLM] = {}
+_loaded: WeakValueDictionary[tuple[str, str | None, str], FrozenLM] = WeakValueDictionary()
+
+
+def use_assistant(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
+) -> str:
+    """Use an already loaded model wherever a config names it: quantised, placed, fine-tuned, or made in memory.
+
+    The model is not moved, cast or changed; it runs in eval mode, and each of its modules has its own mode back
+    afterwards. It is kept for the life of the process, or until another one is given the same name. Adapters attached
+    before keep the assistant they have.
+
+    Args:
+        model: A causal LM with its head, or a PEFT model of one.
+        tokenizer: Its tokenizer. `None`: loaded from the name when it is needed.
+        name: The name by which configs refer to it. `None`: the model's own `name_or_path`; a PEFT model needs one of
+            its own, lest an adapter reload with the untuned model of its base's name.
+
+    Returns:
+        The name, for `SoftCoTConfig(assistant_model_name_or_path=...)`.
+
+    Raises:
+        TypeError: The model or the tokenizer is not one of transformers, or the name is no string.
+        ValueError: The model is not a decoder LM, has no name, or was partitioned by DeepSpeed.
+    """
+    loaded: nn.Module = model
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            if config.is_prompt_learning or config.peft_type == "SOFTCOT":
+                raise ValueError(
+                    f"`model` must be tuned in its layers to be an assistant, got {config.peft_type!s}, which acts "
+                    "outside of them and would be lost. Pass its base, or a LoRA-tuned model."
+                )
+        loaded = model.get_base_model()  # its adapter layers stay inside
+    if not isinstance(loaded, PreTrainedModel):
+        raise TypeError(f"`model` must be a loaded transformers model, got {type(loaded).__name__}.")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"`name` must be a string, got {type(name).__name__}.")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`tokenizer` must be a loaded tokenizer of transformers, got {type(tokenizer).__name__}.")
+    name = name or ("" if isinstance(model, PeftModel) else loaded.name_or_path)
+    if not name:
+        raise ValueError(
+            "`name` must be given, since the model has no `name_or_path` of its own. Pass `name='my-assistant'`."
+        )
+    check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.", loaded)
+    head_width(loaded)  # refuses a model without a head
+    if is_partitioned(loaded):
+        raise ValueError(
+            f"`model` must be whole, but the weights of {name!r} are partitioned: it was loaded while DeepSpeed's "
+            "ZeRO-3 was on, and no engine gathers them. Load it before `TrainingArguments` or `HfDeepSpeedConfig` "
+            "are made, or name it in the config, to be loaded whole in every process."
+        )
+    _preloaded[name] = FrozenLM(name, loaded.config, partial(_find_preloaded, name), model=loaded, tokenizer=tokenizer)
+    return name
+
+
+def _find_preloaded(name: str) -> FrozenLM:
+    """The assistant given under a name.
+
+    Raises:
+        ValueError: None was given under it in this process.
+    """
+    if name not in _preloaded:
+        raise ValueError(
+            f"The assistant {name!r} of a pickled model was given with `use_assistant`, and must be given again in "
+            f"this process before the model is read. Call `use_assistant(model, tokenizer, name={name!r})` first."
+        )
+    return _preloaded[name]
+
+
+def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") -> FrozenLM:
+    """The assistant of a name: the one given with `use_assistant`, else one shared by all who ask for the same.
+
+    Only its config is read here. Remote code never runs and only safetensors weights are read, since the name may come
+    from a stranger's adapter.
+
+    Raises:
+        ValueError: It cannot be found or is not a decoder LM.
+    """
+    if name in _preloaded:
+        return _preloaded[name]
+    if dtype not in _DTYPES:
+        raise ValueError(f"`assistant_dtype` must be one of {_DTYPES}, got {dtype!r}. Try 'bfloat16'.")
+    try:
+        revision = commit_of(name, revision) or revision
+        config = read_config(name, revision)
+    except Exception as error:  # a stranger's files can fail anywhere
+        raise ValueError(unusable(name, error)) from error
+    check_decoder_lm(config, f"The assistant {name!r}", REMEDY)
+    key = (name, revision, dtype)
+    assistant = _loaded.get(key)
+    if assistant is None:
+        assistant = _loaded[key] = FrozenLM(
+            name, config, partial(find_assistant, name, revision, dtype), revision=revision, dtype=dtype
+        )
+    return assistant

@@ -1,0 +1,114 @@
+"""What an assistant's hidden states depend on beside the prompt and N. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from ..compat.engines import is_whole
+from ..compat.releases import tokenizer_state
+from .frozen_lm import FrozenLM
+from .prompt_reader import DATE, PromptReader
+
+_SAMPLES = 64  # of each tensor
+
+
+def fingerprint(reader: PromptReader) -> dict[str, Any]:
+    """What the hidden states of an adapter's assistant depend on: the assistant, and what it reads.
+
+    Numbers and texts, large ones as digests; the same in every process.
+    """
+    assistant, own = reader.assistant, reader.base_tokenizer
+    return {
+        **_reads_otherwise(reader),
+        "assistant": Path(assistant.name).name if _is_folder(assistant) else assistant.name,
+        **_weights(assistant),
+        "assistant_prompt": reader.config.assistant_prompt,
+        "assistant_chat_template": None if reader.config.assistant_prompt is None else _template(assistant.tokenizer),
+        "assistant_tokenizer": None if own is None else _digest([tokenizer_state(assistant.tokenizer)]),
+        "base_tokenizer": None if own is None else _digest([tokenizer_state(own)]),
+        "assistant_thought_token_id": reader.assistant_thought_token_id,
+    }
+
+
+def _reads_otherwise(reader: PromptReader) -> dict[str, Any]:
+    """What is read otherwise than by 0.1.0, which wrote no such fields."""
+    template = None if reader.config.assistant_prompt is None else reader.assistant.tokenizer.chat_template
+    found: dict[str, Any] = {}
+    if getattr(reader.base_tokenizer, "clean_up_tokenization_spaces", False):
+        found["clean_up_tokenization_spaces"] = False
+    if "strftime_now" in str(template):
+        found["assistant_date"] = DATE
+    if reader.in_parts:
+        found["assistant_content"] = "parts"
+    return found
+
+
+def _is_folder(assistant: FrozenLM) -> bool:
+    return assistant.preloaded_model is None and Path(assistant.name).is_dir()
+
+
+def _weights(assistant: FrozenLM) -> dict[str, Any]:
+    """Commit, config, weights and dtype of an assistant; a commit of the Hub says what its config and weights are."""
+    found: dict[str, Any] = dict.fromkeys(("assistant_commit", "assistant_config", "assistant_weights"))
+    model = assistant.preloaded_model
+    if model is not None:
+        config = model.config.to_diff_dict()
+        own = {name: config[name] for name in sorted(config) if name not in ("transformers_version", "_name_or_path")}
+        found["assistant_config"] = _digest([json.dumps(own, default=str).encode()])
+        found["assistant_weights"] = _digest(_samples_of(model))
+        dtype = str(model.dtype)
+    else:
+        if _is_folder(assistant):
+            found["assistant_config"] = _digest([Path(assistant.name, CONFIG_NAME).read_bytes()])
+            found["assistant_weights"] = _digest(_samples_in(Path(assistant.name)))
+        else:
+            found["assistant_commit"] = assistant.revision
+        dtype = assistant.dtype if assistant.dtype == "auto" else str(getattr(torch, assistant.dtype))
+    return found | {"assistant_dtype": dtype.removeprefix("torch.")}
+
+
+def _samples_of(model: PreTrainedModel) -> Iterable[bytes]:
+    """Some numbers of each tensor of a model: training moves all of them a little."""
+    for name, tensor in model.state_dict().items():
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        if is_whole(tensor):  # of sharded and offloaded ones shapes have to do
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().contiguous()
+            yield sample.view(torch.uint8).numpy().tobytes()
+
+
+def _samples_in(folder: Path) -> Iterable[bytes]:
+    """The same of the safetensors files of a folder: headers, and some bytes of the middle of each tensor."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(size, path.stat().st_size))
+            yield path.name.encode()
+            yield header
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    first, end = tensor["data_offsets"]
+                    file.seek(8 + size + (first + end) // 2)
+                    yield file.read(min(4 * _SAMPLES, end - (first + end) // 2))
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = tokenizer.chat_template
+    return None if template is None else _digest([json.dumps(template).encode()])
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """Some digits that are different for different parts."""
+    found = sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()[:16]

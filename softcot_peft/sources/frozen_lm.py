@@ -1,0 +1,212 @@
+"""`FrozenLM`: a causal LM that reads prompts, loaded when it is first needed, shared by all adapters that name it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..checkpoint.untrusted import check_shards, meta_model
+from ..compat.engines import loaded_whole
+from ..compat.eval_mode import evaluating
+from ..compat.models import backbone_of, head_width, num_embeddings, position_limit
+from ..compat.releases import is_empty
+from .backbone import Backbone
+from .names import missing_folder
+
+REMEDY = "Set its Hub id or folder, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
+
+
+def unusable(name: str, error: Exception) -> str:
+    """The message for an assistant that cannot be loaded."""
+    if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):  # speaks of no folders
+        error = ValueError("There is no such folder, and a Hub id has the form 'name' or 'owner/name'.")
+    return (
+        f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} "
+        f"{missing_folder(name)}{REMEDY}"
+    )
+
+
+class FrozenLM:
+    """A frozen causal LM that reads prompts and returns hidden states at the thought positions.
+
+    Held by adapters outside the module tree, so that it is never saved, cast, counted or put into training mode with
+    the base. Its weights are loaded when they are first needed, without the head.
+
+    Args:
+        name: Hub id, folder, or name given by the user.
+        config: Config of the model.
+        find: Finds it again in another process, without arguments; can be pickled.
+        revision: Resolved commit, else the revision asked for.
+        dtype: Dtype to load the weights in, or "auto".
+        model: The loaded model, or `None` to load it on first use.
+        tokenizer: The loaded tokenizer, or `None` to load it on first use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: PretrainedConfig,
+        find: Callable[[], FrozenLM],
+        revision: str | None = None,
+        dtype: str = "auto",
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self._find = find
+        self.revision = revision
+        self.dtype = dtype
+        self.preloaded_model = model
+        self._preloaded_backbone = None if model is None else Backbone(backbone_of(model))
+        self._tokenizer = tokenizer
+        # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
+        self.lock = RLock()
+        self._loaded: dict[torch.device, Backbone] = {}
+        self._users: WeakKeyDictionary[object, torch.device] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLM:
+        """A copied base shares the assistant."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled base names the assistant, and finds it again: it holds no copy of the weights."""
+        return self._find, ()
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the last hidden states, known before the weights are loaded."""
+        if self.preloaded_model is not None:
+            return head_width(self.preloaded_model)
+        try:
+            with loaded_whole(), meta_model():
+                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except Exception as error:  # a stranger's config can fail anywhere
+            raise ValueError(unusable(self.name, error)) from error
+        return head_width(model)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the assistant has embeddings for."""
+        return num_embeddings(self.config, self.preloaded_model)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The assistant's tokenizer.
+
+        Raises:
+            ValueError: There is none at the assistant's name.
+        """
+        if self._tokenizer is None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
+                if is_empty(tokenizer):
+                    raise OSError("There are no tokenizer files.")
+                self._tokenizer = tokenizer
+            except Exception as error:  # a stranger's files can fail anywhere
+                raise ValueError(
+                    f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it "
+                    "with `use_assistant(model, tokenizer, name=...)`."
+                ) from error
+        return self._tokenizer
+
+    def backbone(self, device: torch.device) -> PreTrainedModel:
+        """The model without its head that reads for bases on `device`."""
+        return self._backbone(device).model
+
+    def _backbone(self, device: torch.device, user: object | None = None) -> Backbone:
+        """The model without its head. One that this package loads is on the base's device, and is never moved.
+
+        Models on devices where no living `user` has asked last are let go of.
+        """
+        if device.type == "meta":
+            raise ValueError(
+                "The base's input embeddings must be on a device with values when it runs, got 'meta'. Load the "
+                "base's weights first."
+            )
+        if self._preloaded_backbone is not None:
+            return self._preloaded_backbone
+        with self.lock:
+            if user is not None:
+                self._users[user] = device
+            needed = {device, *self._users.values()}
+            self._loaded = {where: backbone for where, backbone in self._loaded.items() if where in needed}
+            if device not in self._loaded:
+                self._loaded[device] = Backbone(self._load(device))
+            return self._loaded[device]
+
+    def release(self) -> None:
+        """Let go of weights that this package loaded; they are loaded again when the assistant runs again."""
+        with self.lock:
+            self._loaded = {}
+
+    def _load(self, device: torch.device) -> PreTrainedModel:
+        options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
+        try:
+            check_shards(self.name, self.revision)
+            with loaded_whole():
+                model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                    self.name, revision=self.revision, **options
+                )
+        except Exception as error:  # a stranger's files can fail anywhere
+            raise ValueError(
+                f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
+                "must be safetensors; pass a model loaded otherwise with `use_assistant`."
+            ) from error
+        backbone = backbone_of(model)
+        backbone.requires_grad_(False)
+        nn.Module.to(backbone, device)
+        return backbone
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_thoughts: int,
+        device: torch.device,
+        user: object | None = None,
+    ) -> Tensor:
+        """Read prompts that end in thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]`.
+
+        Args:
+            input_ids: `(B, P + N)` int64, left-padded, the last N columns being the thought positions.
+            attention_mask: `(B, P + N)`, 1 = attended.
+            num_thoughts: N.
+            device: Where the base's embeddings are; the result goes there.
+            user: Who asks: an object of the base, which keeps the model on `device` in memory while it lives.
+
+        Returns:
+            The last hidden states at the thought positions, `(B, N, H_assistant)`, in the assistant's dtype.
+
+        Raises:
+            ValueError: The input is longer than the assistant has positions for.
+        """
+        limit = position_limit(self.config)
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"Prompt and thoughts must fit into the assistant's {limit} positions, got "
+                f"{input_ids.shape[1] - num_thoughts} + {num_thoughts} tokens. Shorten the prompt or choose an "
+                "assistant with more positions."
+            )
+        backbone = self._backbone(device, user)
+        where = backbone.model.device
+        at = device if where.type == "meta" else where  # accelerate's hooks move the inputs of offloaded ones
+        # the same thoughts in training and inference
+        with torch.autocast(at.type, enabled=False), evaluating(backbone.model):
+            hidden = backbone.last_states(input_ids.to(at), attention_mask.to(at), num_thoughts)
+        return hidden.to(device)

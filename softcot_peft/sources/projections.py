@@ -1,0 +1,92 @@
+"""Projections: the trained modules from a source's hidden states to the base's input embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.engines import is_whole
+
+_P = TypeVar("_P", bound=type[nn.Module])
+
+_registered: dict[str, type[nn.Module]] = {}
+
+
+def register_projection(name: str) -> Callable[[_P], _P]:
+    """Register a projection under the name that `SoftCoTConfig(projection=...)` refers to. A class decorator.
+
+        @register_projection("mlp")
+        class MLP(nn.Sequential):
+            def __init__(self, source_size: int, base_size: int, init_weights: bool) -> None:
+                super().__init__(nn.Linear(source_size, 256), nn.GELU(), nn.Linear(256, base_size))
+
+    The class is made with `(source_size, base_size, init_weights)`; its `forward` maps `(B, K, N, source_size)` to
+    `(B, K, N, base_size)`. Its parameters are trained and saved.
+
+    Raises:
+        ValueError: Another class has the name already.
+    """
+
+    def register(projection: _P) -> _P:
+        known = _registered.setdefault(name, projection)
+        if (known.__module__, known.__qualname__) != (projection.__module__, projection.__qualname__):
+            raise ValueError(f"`name` must be new, got {name!r}, which {known.__qualname__} has. Choose another.")
+        _registered[name] = projection
+        return projection
+
+    return register
+
+
+def make_projection(name: str, source_size: int, base_size: int, init_weights: bool) -> nn.Module:
+    """Make the projection that a config names.
+
+    Raises:
+        ValueError: No projection has the name.
+    """
+    if name not in _registered:
+        raise ValueError(
+            f"`projection` must be one of {sorted(_registered)}, got {name!r}. If it is your own, import the module "
+            "that calls `register_projection` first."
+        )
+    return _registered[name](source_size, base_size, init_weights)
+
+
+@register_projection("linear")
+class LinearProjection(nn.Linear):
+    """`s = W t + b` (section 3 of arXiv 2502.12134).
+
+    Args:
+        source_size: Width of t.
+        base_size: Width of s.
+        init_weights: `True`: the usual initialisation of a linear layer. `False`: standard normal values, large enough
+            to see in a test.
+    """
+
+    def __init__(self, source_size: int, base_size: int, init_weights: bool = True) -> None:
+        super().__init__(source_size, base_size)
+        if not init_weights:
+            nn.init.normal_(self.weight)
+            nn.init.normal_(self.bias)
+
+
+def project(projection: nn.Module, states: Tensor) -> Tensor:
+    """Project states `(B, K, N, H_source)` to `(B, K, N, H_base)`, in the projection's dtype and on its device.
+
+    Raises:
+        RuntimeError: The weights are sharded or offloaded and not gathered here, or were never loaded.
+    """
+    weights = list(projection.parameters())
+    if not all(map(is_whole, weights)):
+        raise RuntimeError(
+            "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
+            "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
+            "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
+            "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
+            "call `load_adapter` or `set_peft_model_state_dict`."
+        )
+    with torch.autocast(states.device.type, enabled=False):  # the same thoughts in training and inference
+        projected: Tensor = projection(states.to(weights[0]) if weights else states)
+    return projected

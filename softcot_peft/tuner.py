@@ -1,0 +1,256 @@
+"""Wires SoftCoT into PEFT: finds the embedding, checks that adapter, assistant and base fit, installs the hooks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ._version import __version__
+from .attached import HOOKS, discard, layer_of, path_of, remove_hooks
+from .checkpoint.weights import SOURCES, check_tensors, name_in_file
+from .compat.engines import device_map_of, is_whole
+from .compat.models import check_decoder_lm, is_table
+from .compat.releases import attached_configs
+from .config import SoftCoTConfig
+from .embedding import SoftCoTLayer
+from .hooks import ThoughtHooks
+from .loading import load_checked
+from .rows.checks import check_adapter_names
+from .sources import BaseLM, make_source
+
+
+class SoftCoTModel(BaseTuner):
+    """Adds soft thoughts of a frozen assistant to a frozen base LM (arXiv 2502.12134).
+
+    Made by [`~peft.get_peft_model`], [`~peft.PeftModel.from_pretrained`] and transformers' `load_adapter`.
+
+    Args:
+        model: The base, a decoder LM of transformers.
+        peft_config: The adapter's [`SoftCoTConfig`], or a dict of them by adapter name.
+        adapter_name: The adapter's name.
+        low_cpu_mem_usage: Make the projection on the meta device, to be filled by loading.
+
+    Raises:
+        TypeError: The base is not a transformers model.
+        ValueError: Base, assistant and adapter do not fit together.
+    """
+
+    prefix: str = "softcot_"
+    tuner_layer_cls = SoftCoTLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # as BaseTuner declares it
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        attached = attached_configs(model)
+        earlier = dict(attached)
+        other = earlier.get(adapter_name)
+        if other is not None and not isinstance(other, SoftCoTConfig):
+            raise ValueError(
+                f"`adapter_name` must be new to the base, got {adapter_name!r}, the name of its "
+                f"{other.peft_type!s} adapter: under one name only one of the two would be saved. Pass another, "
+                "such as `adapter_name='thoughts'`."
+            )
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            attached.update(earlier)  # BaseTuner has written the refused config over one of the same name
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """SoftCoT adapters are never merged, so there is nothing to take out of the base again.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "A SoftCoT adapter is never merged, so there is nothing to unmerge. Use `disable_adapter()` to run the "
+            "plain base, or `unload()` to get it back."
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """SoftCoT adapters cannot be combined into one.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`add_weighted_adapter` is not supported: each SoftCoT adapter has an assistant and a number of thoughts "
+            "of its own. Choose one with `set_adapter`."
+        )
+
+    # The following override private methods of BaseTuner, its way of being subclassed (peft 0.21).
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config  # no target modules to choose
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"The base must be a transformers model, got {type(model).__name__}."
+                + (
+                    " Pass its `get_base_model()`, on which its adapters stay, and an `adapter_name` that is new."
+                    if isinstance(model, PeftModel)
+                    else ""
+                )
+            )
+        remedy = "SoftCoT works on models of `AutoModelForCausalLM`."
+        check_decoder_lm(model.config, "The base", remedy, model)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"The base must have a language-modelling head, got {type(model).__name__}. {remedy}")
+        embedding = model.get_input_embeddings()
+        if not is_table(embedding):
+            raise ValueError(
+                f"The base must have one input embedding, which the thoughts are written over, but that of "
+                f"{type(model).__name__} is a {type(embedding).__name__}. {remedy}"
+            )
+        self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+        if "_fsdp_wrapped_module" in self._embedding_name:
+            raise ValueError(
+                "The base must not be wrapped by FSDP yet when an adapter is attached, got its input embedding at "
+                f"{self._embedding_name!r}, where FSDP would not see the adapter. Attach the adapter first."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As BaseTuner does it; an adapter that is refused leaves no config behind."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        return key == self._embedding_name
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(_plain(target))
+        base = BaseLM(self.model.name_or_path, layer.base_hidden_size, layer.vocabulary)
+        layer.update_layer(adapter_name, make_source(cast(SoftCoTConfig, peft_config), base))
+        # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
+        # has offloaded it, and nothing would bring the adapter back.
+        setattr(parent, target_name, layer)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        if not is_whole(layer.weight):
+            # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
+            device_map_of(self.model)[self._place] = "cpu"
+        if HOOKS not in self.model.__dict__:
+            hooks = ThoughtHooks(self.model, layer, functools.partial(load_checked, layer))
+            setattr(self.model, HOOKS, hooks)
+
+    @property
+    def _place(self) -> str:
+        """Where the sources are among the base's modules."""
+        return f"{self._embedding_name}.{SOURCES}"
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
+        layer = layer_of(self.model)
+        dtype = torch.float32 if autocast_adapter_dtype else layer.weight.dtype
+        layer.source(adapter_name).to(dtype if dtype.is_floating_point else torch.float32)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A SoftCoT adapter cannot be merged: its thoughts depend on the prompt, so no change of the base's "
+            "weights equals them. Keep the adapter loaded (`save_pretrained` writes a few MB), or call `unload()` to "
+            "get the plain base back."
+        )
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # peft annotates None and returns the base
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        remove_hooks(self.model, self._place)
+        return self.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        check_adapter_names(kwargs.get("adapter_names"))  # PEFT drops it before the base sees it
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # Called by every way of saving, before the config is written: what it takes to load the adapter years later.
+        config = cast(SoftCoTConfig, config)
+        layer_of(model).source(adapter_name).complete(config)
+        config.softcot_peft_version = __version__
+        weights: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        owed = layer_of(model).source(adapter_name).checkpoint_tensors()
+        if owed and state_dict and not weights:  # processes other than the first may hold nothing of a sharded model
+            raise ValueError(
+                f"The model's state must hold the projection of adapter {adapter_name!r} under its module's name, but "
+                "does not: something that renames modules is wrapped around a part of the base. Take it off first."
+            )
+        return weights
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Builds the names in a file, and on loading their inverse: a compiled backbone's are those of a plain one.
+        return name_in_file(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        layer = layer_of(model)
+        try:
+            checked = check_tensors(state_dict, model, path_of(model, layer), layer.source(adapter_name))
+        except ValueError:
+            if isinstance(model, PeftModel) and adapter_name in layer.fresh:
+                discard(model, adapter_name)
+            raise
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
+        if unknown := set(remapped).intersection(checked):  # named as in the file: found nowhere in the model
+            raise ValueError(
+                f"The adapter's file must fit the names of the model's modules, but {sorted(unknown)} fit none: "
+                "something that renames modules is wrapped around a part of the base. Load the adapter first."
+            )
+        return remapped
+
+
+def _plain(embedding: nn.Module) -> nn.Module:
+    """Refuse an embedding that another adapter has wrapped: inside of ours, no loader would find its weights."""
+    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        raise ValueError(
+            f"The base's input embedding must be free of other adapters, got {type(embedding).__module__}."
+            f"{type(embedding).__name__}. Merge that adapter first (`merge_and_unload()`), or keep the embedding out "
+            "of its `target_modules`, `modules_to_save` and `trainable_token_indices`."
+        )
+    return embedding
