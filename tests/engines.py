@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import PROJECTION, labelled, process_environment, responses_of
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_pair import ANSWERS, QUESTIONS, Pair
 
 SCRIPT = Path(__file__).parent / "distributed" / "train.py"
-ROOT = Path(__file__).parents[1]
 STEPS, ROWS = 6, 4  # rows per step, over all processes
-ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
-KEY = "base_model.model.model.embed_tokens.softcot_projection"
+KEY = f"base_model.model.model.embed_tokens.{PROJECTION}"
 
 FSDP2 = {
     "fsdp_version": 2,
@@ -75,10 +73,9 @@ def launch_config(engine: str, folder: Path) -> dict[str, Any]:
 def train(data: Path, folder: Path, engine: str | None = None, cuda: bool = False) -> dict[str, Any]:
     """Run the script in two processes, or without an engine in one; returns what it wrote."""
     folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment = {name: value for name, value in process_environment().items() if not name.startswith("ACCELERATE_")}
     environment |= {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "HF_HOME": str(folder / "home"),  # where accelerate looks for a default config
     }
     if not cuda:
@@ -102,12 +99,10 @@ class Runs:
     def __init__(self, pair: Pair, root: Path) -> None:
         self.pair, self.root = pair, root
         self.data = root / "data.json"
-        prompts = pair.rows(QUESTIONS)
-        responses = pair.rows([answer + "<eos>" for answer in ANSWERS])
-        rows = []
-        for index in range(STEPS * ROWS):  # every prompt with every response; no two steps alike
-            prompt, response = prompts[index % 4], responses[(index + index // 4) % 4]
-            rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+        prompts, responses, numbers = pair.rows(QUESTIONS), responses_of(pair, ANSWERS), range(STEPS * ROWS)
+        rows = labelled(  # every prompt with every response; no two steps alike
+            [prompts[index % 4] for index in numbers], [responses[(index + index // 4) % 4] for index in numbers]
+        )
         config = pair.config().to_dict()
         names = ("task_type", "assistant_model_name_or_path", "num_thought_tokens", "init_weights")
         data = {

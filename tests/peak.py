@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import make_assistant, make_base, make_base_tokenizer
+from helpers import last_labels
 from peft import PeftModel, get_peft_model
+from tiny_pair import make_assistant, make_base, make_base_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -62,9 +63,7 @@ def train(model: nn.Module, batch: dict[str, Tensor]) -> None:
 
 def responses(batch: dict[str, Tensor]) -> Tensor:
     """Labels of the last four tokens of every row."""
-    labels = torch.full_like(batch["input_ids"], -100)
-    labels[:, -4:] = batch["input_ids"][:, -4:]
-    return labels
+    return last_labels(batch["input_ids"], 4)
 
 
 RUNS: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {

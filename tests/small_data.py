@@ -1,10 +1,17 @@
-"""A few made-up rows of every data set, in the publishers' own formats."""
+"""A few made-up rows of every data set, in the publishers' own formats; and where whole data sets may lie."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
+from helpers import ROOT
+
+DATA = Path(os.environ.get("SOFTCOT_DATA", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the project, nor in SOFTCOT_DATA")
 
 GSM8K = [
     {"question": "Ann has 3 pears and buys 9. How many?", "answer": "She has 3 + 9 = <<3+9=12>>12.\n#### 12"},

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import break_assistants, generated, projection_of, projections_of, readers_of
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -83,19 +84,13 @@ def bare(pair: Pair, family: Family) -> PreTrainedModel:
 
 def answers(model: nn.Module, pair: Pair) -> Answers:
     """The new tokens for PROMPTS, up to the first EOS as the oracle has them."""
-    batch = pair.batch(PROMPTS)
-    found = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(1) + 1] if 1 in row else row for row in found]
+    return generated(model, pair.batch(PROMPTS), NEW)
 
 
 def logits(model: nn.Module, pair: Pair, keep: int = 0) -> Tensor:
     """Logits of all rows, or of the last `keep` ones, which alone have read thoughts that follow the prompt."""
     with torch.no_grad():
         return model(**pair.batch(PROMPTS), logits_to_keep=keep).logits
-
-
-def softcot_layer(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if hasattr(module, "softcot_reader"))
 
 
 # Each adapter is its own
@@ -138,7 +133,7 @@ def test_only_the_active_adapter_trains(pair: Pair, family: Family) -> None:
         model.train()(**batch, labels=labels).loss.backward()
         trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         assert {key.split(".")[-2] for key in trained} == {name}
-        projection = softcot_layer(model).softcot_projection
+        projection = projections_of(model)
         assert all(parameter.grad.abs().sum() > 0 for parameter in projection[name].parameters())
         assert all(parameter.grad is None for parameter in projection[other].parameters())
 
@@ -169,10 +164,7 @@ def test_disabled_adapters_leave_the_base_bit_for_bit(pair: Pair, family: Family
 def test_disabled_adapters_do_not_run_the_assistant(
     pair: Pair, model: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the assistant ran")
-
-    monkeypatch.setattr("softcot_peft.assistant.Assistant.hidden_states", fail)
+    break_assistants(monkeypatch, AssertionError("the assistant ran"))
     with model.disable_adapter():
         logits(model, pair)
         answers(model, pair)
@@ -198,7 +190,7 @@ def test_deleting_an_inactive_adapter_changes_nothing_else(pair: Pair, family: F
     model.delete_adapter("two")
     assert set(model.peft_config) == {"one", "three"}
     assert not any(".two." in name for name in model.state_dict())
-    assert set(softcot_layer(model).softcot_reader) == {"one", "three"}
+    assert set(readers_of(model)) == {"one", "three"}
     for name in ("one", "three"):
         model.set_adapter(name)
         assert answers(model, pair) == family.expected[name]
@@ -374,7 +366,7 @@ def test_a_copy_answers_the_same_and_shares_the_assistants(
     copied = copy.deepcopy(original)
     assert answers(copied, pair) == family.expected["one"]
     torch.testing.assert_close(logits(copied, pair, keep=1), logits(original, pair, keep=1))
-    readers, copies = softcot_layer(original).softcot_reader, softcot_layer(copied).softcot_reader
+    readers, copies = readers_of(original), readers_of(copied)
     assert copies is not readers
     assert all(copies[name].assistant is readers[name].assistant for name in family.folders)
 
@@ -385,7 +377,7 @@ def test_a_copy_is_a_model_of_its_own(pair: Pair, family: Family, model: PeftMod
     assert answers(model, pair) == family.expected["one"]
     assert answers(copied, pair) == family.expected["two"]
     with torch.no_grad():
-        for parameter in softcot_layer(copied).softcot_projection["two"].parameters():
+        for parameter in projection_of(copied, "two").parameters():
             parameter.zero_()
     model.set_adapter("two")
     assert answers(model, pair) == family.expected["two"]

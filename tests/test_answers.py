@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import DATA, needs_data
+from helpers import ROOT, load_script
+from small_data import DATA, needs_data
 
-ROOT = Path(__file__).parents[1]
 FILE = ROOT / "evaluation" / "answers.py"
 
 
-def load_by_path() -> Any:
-    """As lm-evaluation-harness does: with nothing of the project on the path."""
-    spec = importlib.util.spec_from_file_location("answers_by_path", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-answers = load_by_path()
+# As lm-evaluation-harness does: with nothing of the project on the path.
+answers = load_script(FILE, "answers_by_path")
 
 
 def lines(name: str) -> list[dict[str, Any]]:

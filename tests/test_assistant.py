@@ -14,25 +14,30 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import (
+    PROJECTION,
+    Assistant,
+    assistant_of,
+    backbone_for,
+    backbone_of,
+    evaluating,
+    generated,
+    last_labels,
+    users_of,
+    watch_loading,
+)
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification, PreTrainedModel
 
-import softcot_peft.assistant
 from softcot_peft import use_assistant
-from softcot_peft.assistant import Assistant
-from softcot_peft.backbone import evaluating
+
+pytestmark = pytest.mark.usefixtures("nothing_given")
 
 NEW = 5
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "v1-again": "b" * 40}
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(str(name))
         return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(softcot_peft.assistant.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     return names
 
 
@@ -68,19 +73,12 @@ def fresh(pair: Pair, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pair.assistant, tmp_path / "fresh"))
 
 
-def assistant_of(model: nn.Module, adapter: str = "default") -> Assistant:
-    layer = next(module for module in model.modules() if hasattr(module, "softcot_reader"))
-    return layer.softcot_reader[adapter].assistant
-
-
 def load_assistant(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def answers(model: nn.Module, pair: Pair, **kwargs: Any) -> list[list[int]]:
-    batch = pair.batch(QUESTIONS)
-    generated = model.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW, **kwargs)
-    return generated[:, batch["input_ids"].shape[1] :].tolist()
+    return generated(model, pair.batch(QUESTIONS), NEW, min_new_tokens=NEW, **kwargs)
 
 
 def give(model: PreTrainedModel | PeftModel, pair: Pair) -> str:
@@ -90,9 +88,7 @@ def give(model: PreTrainedModel | PeftModel, pair: Pair) -> str:
 def training_loss(model: nn.Module, pair: Pair) -> Tensor:
     """The loss of one training step that predicts the last token of every question."""
     batch = pair.batch(QUESTIONS)
-    labels = torch.full_like(batch["input_ids"], -100)
-    labels[:, -1] = batch["input_ids"][:, -1]
-    return model.train()(**batch, labels=labels).loss
+    return model.train()(**batch, labels=last_labels(batch["input_ids"], 1)).loss
 
 
 def logits(model: nn.Module, pair: Pair) -> Tensor:
@@ -240,7 +236,7 @@ def test_a_given_model_is_neither_changed_nor_copied(pair: Pair) -> None:
     before = {name: value.clone() for name, value in given.state_dict().items()}
     model = pair.model(assistant_model_name_or_path=give(given, pair)).to(torch.float16).float()
     training_loss(model, pair)
-    assert assistant_of(model).backbone(torch.device("cpu")) is given.base_model
+    assert backbone_of(model) is given.base_model
     assert all(parameter.requires_grad for parameter in given.parameters())
     assert {value.dtype for value in given.state_dict().values()} == {torch.bfloat16}
     assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
@@ -320,11 +316,11 @@ def test_nothing_of_the_assistant_is_part_of_the_base(pair: Pair) -> None:
     kinds = {type(module) for module in base.modules()}
     model = get_peft_model(base, pair.config())
     logits(model, pair)  # the assistant is loaded
-    assistant = assistant_of(model).backbone(torch.device("cpu"))
+    assistant = backbone_of(model)
 
     own = {name for name in base.state_dict() if "softcot" in name}
     assert {name.replace("base_layer.", "") for name in base.state_dict()} - own == names
-    assert own == {f"model.embed_tokens.softcot_projection.default.{part}" for part in ("weight", "bias")}
+    assert own == {f"model.embed_tokens.{PROJECTION}.default.{part}" for part in ("weight", "bias")}
     trained = [parameter for parameter in model.parameters() if id(parameter) not in parameters]
     assert [tuple(parameter.shape) for parameter in trained] == [(32, 24), (32,)]
     assert {type(module).__name__ for module in base.modules() if type(module) not in kinds} == {
@@ -339,7 +335,7 @@ def test_casting_the_base_leaves_the_assistant_alone(pair: Pair) -> None:
     model = pair.model()
     logits(model, pair)
     model.to(torch.bfloat16)
-    assert assistant_of(model).backbone(torch.device("cpu")).dtype == torch.float32
+    assert backbone_of(model).dtype == torch.float32
 
 
 # Frozen
@@ -357,7 +353,7 @@ def test_the_assistant_runs_in_eval_mode_while_the_model_trains(pair: Pair, give
     model = pair.model(assistant_model_name_or_path=str(pair.twin))
     expected = logits(model, pair)
     model.train()
-    backbone = assistant_of(model).backbone(torch.device("cpu"))
+    backbone = backbone_of(model)
     backbone.train()  # whoever does that
     backbone.h[0].eval()
     chosen, seen = modes(backbone), []
@@ -470,7 +466,7 @@ def test_no_gradient_reaches_the_assistant(pair: Pair, given: bool) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
-    frozen = list(assistant_of(model).backbone(torch.device("cpu")).parameters())
+    frozen = list(backbone_of(model).parameters())
     assert all(p.grad is None for p in frozen)
     assert {p.requires_grad for p in frozen} == {given}  # a given model is not changed
 
@@ -489,32 +485,30 @@ def own(folder: Path) -> Assistant:
 
 
 def test_two_bases_on_two_devices_have_a_model_each(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assistant, one, other, loaded = own(fresh), User(), User(), []
-    original = Assistant._load
-    monkeypatch.setattr(Assistant, "_load", lambda self, where: loaded.append(where) or original(self, where))
-    first, second = assistant._backbone(HERE, one), assistant._backbone(THERE, other)
+    assistant, one, other, loaded = own(fresh), User(), User(), watch_loading(monkeypatch)
+    first, second = backbone_for(assistant, HERE, one), backbone_for(assistant, THERE, other)
     monkeypatch.setattr(nn.Module, "to", None)  # nothing is moved from here on
     for _ in range(3):
-        assert assistant._backbone(HERE, one) is first
-        assert assistant._backbone(THERE, other) is second
+        assert backbone_for(assistant, HERE, one) is first
+        assert backbone_for(assistant, THERE, other) is second
     assert first.model is not second.model
     assert loaded == [HERE, THERE]
 
 
 def test_models_on_devices_that_no_living_base_is_on_are_let_go_of(fresh: Path) -> None:
     assistant, one, other = own(fresh), User(), User()
-    first = weakref.ref(assistant._backbone(HERE, one).model)
-    second = weakref.ref(assistant._backbone(THERE, other).model)
+    first = weakref.ref(backbone_for(assistant, HERE, one).model)
+    second = weakref.ref(backbone_for(assistant, THERE, other).model)
     gc.collect()
     assert first() is not None
     assert second() is not None
-    assistant._backbone(THERE, one)  # the base was moved
+    backbone_for(assistant, THERE, one)  # the base was moved
     gc.collect()
     assert first() is None
-    first = weakref.ref(assistant._backbone(HERE, one).model)
+    first = weakref.ref(backbone_for(assistant, HERE, one).model)
     del other
     gc.collect()
-    assistant._backbone(HERE, one)
+    backbone_for(assistant, HERE, one)
     gc.collect()
     assert second() is None
     assert first() is not None
@@ -548,7 +542,7 @@ def test_every_base_asks_in_its_own_name(pair: Pair, fresh: Path) -> None:
     models = [pair.model(assistant_model_name_or_path=str(fresh)) for _ in range(2)]
     for model in (*models, copy.deepcopy(models[0])):
         logits(model, pair)
-    users = assistant_of(models[0])._users
+    users = users_of(assistant_of(models[0]))
     assert all(model.get_input_embeddings() in users for model in models)
     del models[1], model
     gc.collect()
@@ -581,7 +575,7 @@ def test_weights_are_not_loaded_before_they_are_needed(
 def test_assistant_dtype_is_the_dtype_it_is_loaded_in(pair: Pair, dtype: Any) -> None:
     model = pair.model(assistant_dtype=dtype)
     found = logits(model, pair)
-    assert assistant_of(model).backbone(torch.device("cpu")).dtype == torch.bfloat16
+    assert backbone_of(model).dtype == torch.bfloat16
     given = give(AutoModelForCausalLM.from_pretrained(pair.assistant, dtype=torch.bfloat16), pair)
     assert torch.equal(found, logits(pair.model(assistant_model_name_or_path=given), pair))
     assert not torch.equal(found, logits(pair.model(), pair))
@@ -591,7 +585,7 @@ def test_auto_is_the_dtype_of_the_checkpoint(pair: Pair, tmp_path: Path) -> None
     load_assistant(pair.assistant).to(torch.bfloat16).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(pair.assistant).save_pretrained(tmp_path)
     model = pair.model(assistant_model_name_or_path=str(tmp_path))
-    assert assistant_of(model).backbone(torch.device("cpu")).dtype == torch.bfloat16
+    assert backbone_of(model).dtype == torch.bfloat16
     assert model.get_base_model().dtype == torch.float32
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,21 @@ from typing import Any
 import pytest
 import torch
 from assistant_families import FAMILIES, make_family
-from conftest import ASSISTANT_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
+from helpers import Assistant, assistant_passes, reader_of, rewrite, soft_thoughts
 from oracle import Oracle
 from peft import PeftModel
+from tiny_pair import ASSISTANT_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import softcot_peft.assistant
 from softcot_peft import use_assistant
-from softcot_peft.assistant import Assistant
+
+pytestmark = pytest.mark.usefixtures("nothing_given")
 
 NUM = 4
 # Their states depend on padding, so that rows of one length are read together.
 READ_PADDING = {"bart", "rwkv", "recurrent_gemma", "xlstm"}
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a tokenizer under its own class, lest `AutoTokenizer` make the model family's own of it."""
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+    rewrite(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 class TextOracle(Oracle):
@@ -87,21 +79,6 @@ def attach(pair: Pair, name: str, **changes: Any) -> PeftModel:
     return pair.model(assistant_model_name_or_path=name, num_thought_tokens=NUM, **changes)
 
 
-def assistant_of(model: nn.Module) -> Assistant:
-    layer = next(module for module in model.modules() if hasattr(module, "softcot_reader"))
-    return layer.softcot_reader["default"].assistant
-
-
-def thoughts(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
-    """The soft thoughts of a batch, `(B, N, H_base)`."""
-    thinker = model.get_base_model().softcot_hooks.thinker
-    reader = thinker.layer.active_reader()
-    with torch.no_grad():
-        return model.get_input_embeddings().soft_thoughts(
-            thinker.think(batch["input_ids"], thinker.locate(batch, reader), reader)
-        )
-
-
 def expected_thoughts(model: PeftModel, pair: Pair, folder: Path) -> Tensor:
     oracle = TextOracle.of(model, pair.base, folder, NUM)
     return torch.stack([oracle.thoughts(row) for row in pair.rows(QUESTIONS)]).detach()
@@ -116,9 +93,9 @@ def test_thoughts_are_the_oracle_s_alone_and_in_a_batch(pair: Pair, folders: Cal
     model = attach(pair, str(folders(name)))
     expected = expected_thoughts(model, pair, folders(name))
     assert len({tuple(row.flatten().tolist()) for row in expected}) == len(QUESTIONS)  # the prompts are read
-    close(torch.cat([thoughts(model, pair.batch([text])) for text in QUESTIONS]), expected)
+    close(torch.cat([soft_thoughts(model, pair.batch([text])) for text in QUESTIONS]), expected)
     for side in ("left", "right"):
-        close(thoughts(model, pair.batch(QUESTIONS, side)), expected)
+        close(soft_thoughts(model, pair.batch(QUESTIONS, side)), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -130,7 +107,9 @@ def test_a_given_a_loaded_and_a_reloaded_assistant_write_the_same(
     tokens = loaded.generate(**batch, max_new_tokens=4)
     given = AutoModelForCausalLM.from_pretrained(folders(name))
     use_assistant(given, AutoTokenizer.from_pretrained(folders(name)), name="mine")
-    torch.testing.assert_close(thoughts(attach(pair, "mine"), batch), thoughts(loaded, batch), atol=0, rtol=0)
+    torch.testing.assert_close(
+        soft_thoughts(attach(pair, "mine"), batch), soft_thoughts(loaded, batch), atol=0, rtol=0
+    )
     loaded.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(pair.load_base(), tmp_path).eval()
     assert torch.equal(reloaded.generate(**batch, max_new_tokens=4), tokens)
@@ -156,17 +135,12 @@ def test_rows_are_read_by_length_only_where_padding_would_change_them(
     pair: Pair, folders: Callable[[str], Path], name: str
 ) -> None:
     model = attach(pair, str(folders(name)))
-    passes: list[int] = []
-    backbone = assistant_of(model).backbone(torch.device("cpu"))
-    handle = backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    thoughts(model, pair.batch([QUESTIONS[0]] * 3))
-    assert passes == [3]
-    passes.clear()
-    thoughts(model, pair.batch([QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]))
-    assert sorted(passes) == ([1, 2] if name in READ_PADDING else [3])
-    handle.remove()
+    with assistant_passes(model) as passes:
+        soft_thoughts(model, pair.batch([QUESTIONS[0]] * 3))
+        assert passes == [3]
+        passes.clear()
+        soft_thoughts(model, pair.batch([QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]))
+        assert sorted(passes) == ([1, 2] if name in READ_PADDING else [3])
 
 
 # Tokenizers
@@ -211,7 +185,7 @@ def test_thoughts_are_the_oracle_s_whatever_the_tokenizer_does(
     model = attach(pair, str(tmp_path))
     expected = expected_thoughts(model, pair, tmp_path)
     for side in ("left", "right"):
-        close(thoughts(model, pair.batch(QUESTIONS, side)), expected)
+        close(soft_thoughts(model, pair.batch(QUESTIONS, side)), expected)
 
 
 @pytest.mark.parametrize("kind", ["adds BOS", "adds BOS and EOS", "adds nothing"])
@@ -221,7 +195,7 @@ def test_the_assistant_s_prompt_begins_with_bos_and_never_ends_in_eos(pair: Pair
     make_family("llama", len(tokenizer)).save_pretrained(tmp_path)
     save_tokenizer(tokenizer, tmp_path)
     model = attach(pair, str(tmp_path))
-    reader = model.get_base_model().softcot_hooks.layer.active_reader()
+    reader = reader_of(model, None)
     for text in (QUESTIONS[1], ""):
         ids = torch.tensor([[*pair.rows([text])[0], pair.tokenizer.eos_token_id]])  # decoded to the text alone
         read = reader.read(ids, torch.ones_like(ids), NUM)[0][0].tolist()

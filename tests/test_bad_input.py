@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import CACHE_NAME, assistant_of, backbone_of, projection_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from softcot_peft import SoftCoTConfig, use_assistant, with_thought_tokens
-from softcot_peft._compat import CACHE_NAME
 
 N, NEW = 4, 3
 
@@ -208,14 +208,12 @@ def test_not_a_number_comes_out_as_it_went_in(attached: Attached) -> None:
 @pytest.mark.parametrize("where", ["projection", "assistant"])
 def test_not_a_number_in_the_weights_is_never_hidden(pair: Pair, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair.model()
-    layer = model.get_input_embeddings()
     if where == "projection":
-        layer.softcot_projection["default"].weight.data.fill_(float("nan"))
+        projection_of(model).weight.data.fill_(float("nan"))
     else:
-        hidden = layer.softcot_reader["default"].assistant.hidden_states
-        monkeypatch.setattr(
-            layer.softcot_reader["default"].assistant, "hidden_states", lambda *a: hidden(*a) * float("nan")
-        )
+        assistant = assistant_of(model)
+        hidden = assistant.hidden_states
+        monkeypatch.setattr(assistant, "hidden_states", lambda *a: hidden(*a) * float("nan"))
     assert model(**pair.batch(QUESTIONS), logits_to_keep=1).logits.isnan().all()
 
 
@@ -335,8 +333,8 @@ def place_trap(where: str, model: PeftModel, fail: Callable[..., Any]) -> tuple[
     base: PreTrainedModel = model.get_base_model()
     layer = model.get_input_embeddings()
     modules = {
-        "assistant": layer.softcot_reader["default"].assistant.backbone(torch.device("cpu")),
-        "projection": layer.softcot_projection["default"],
+        "assistant": backbone_of(model),
+        "projection": projection_of(model),
         "embedding": layer,
         "inner embedding": layer.base_layer,
         "first layer": base.model.layers[0],

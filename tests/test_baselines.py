@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLES, QUESTIONS, Pair
+from helpers import CACHE_NAME, EXAMPLES
 from oracle import Oracle
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.append(str(EXAMPLES))  # where examples/baselines is a package
 import baselines
 from baselines.coconut import LatentReasoner
-
-from softcot_peft._compat import CACHE_NAME
 
 RESPONSES = [" It is twelve.", " 28", " It went one hundred and twenty miles.", " five"]
 ROWS = [{"prompt": q, "response": r} for q, r in zip(QUESTIONS, RESPONSES, strict=True)]

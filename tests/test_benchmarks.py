@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, needs_data
+from small_data import DATA, needs_data
 from torch import Tensor
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
-import softcot_peft.assistant
 from benchmarks import __main__ as command
 from benchmarks import answering, arithmetic, rivals, starting
 from benchmarks.goals import Goal, compared, goals
@@ -23,14 +22,10 @@ from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, mak
 from benchmarks.sizes import SIZES, Case
 from benchmarks.timing import Spread, interleave, multiplications, ratio
 
+pytestmark = pytest.mark.usefixtures("nothing_given")
+
 SMOKE = SIZES["smoke"]
 CASES = [*SMOKE.cases, Case(batch=3, prompt=9, thoughts=1, response=1), Case(4, 14, 5, 11, ragged=True)]
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
 
 
 @pytest.fixture(scope="module")

@@ -19,39 +19,44 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import QUESTIONS, Pair
+from helpers import (
+    IGNORED,
+    assistant_of,
+    assistant_reads,
+    backbone_of,
+    break_assistants,
+    collate,
+    gradients,
+    is_loaded,
+    labelled,
+    losses,
+    process_environment,
+    prompt_keys,
+    reader_of,
+    responses_of,
+    tokenizer_state,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizer, Trainer, TrainingArguments
 
-import softcot_peft.assistant
 from softcot_peft import compute_thoughts, use_assistant, use_thoughts
-from softcot_peft._compat import tokenizer_state
-from softcot_peft.assistant import Assistant
-from softcot_peft.lookup import prompt_keys
-from softcot_peft.reader import PromptReader
 
 datasets = pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.usefixtures("nothing_given")
+
 N = 4
-IGNORED = -100
-ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
-RUN = {"thought_token": "<thought>", "placement": "thought_token"}
 KINDS = {
     "automatic": {},
     "run": RUN,
     "chatting": {"assistant_prompt": "Hint in {num_thought_tokens}: {prompt}", "chat": True},
     "shared ids": {"twin": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
 
 
 @pytest.fixture(autouse=True)
@@ -73,19 +78,7 @@ def make_model(pair: Pair, kind: str = "automatic", **changes: Any) -> PeftModel
 def examples(pair: Pair, kind: str = "automatic", num: int = N) -> list[dict[str, list[int]]]:
     """Labelled rows; a run stands within the prompt."""
     run = [pair.tokenizer.convert_tokens_to_ids("<thought>")] * num + [7, 8] if kind == "run" else []
-    prompts, responses = pair.rows(QUESTIONS), pair.rows([answer + "<eos>" for answer in ANSWERS])
-    return [
-        {"input_ids": prompt + run + response, "labels": [IGNORED] * len(prompt + run) + response}
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-
-
-def collate(rows: list[dict[str, list[int]]], side: str = "right") -> dict[str, Tensor]:
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    rows = [{"attention_mask": [1] * len(row["input_ids"])} | row for row in rows]
-    return {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill, side) for name, fill in fills.items()
-    }
+    return labelled(pair.rows(QUESTIONS), responses_of(pair, ANSWERS), run)
 
 
 def data(rows: list[dict[str, Any]]) -> Any:
@@ -96,42 +89,16 @@ def computed(model: nn.Module, rows: list[dict[str, Any]], batch_size: int = 16,
     return data(rows).map(compute_thoughts(model, **options), batched=True, batch_size=batch_size)
 
 
-def reader_of(model: nn.Module, adapter: str = "default") -> PromptReader:
-    return model.get_input_embeddings().softcot_reader[adapter]
-
-
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
-
-
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Collects the shape of each input that an assistant reads."""
-    shapes: list[tuple[int, ...]] = []
-    original = Assistant.hidden_states
-
-    def count(self: Assistant, ids: Tensor, *others: Any) -> Tensor:
-        shapes.append(tuple(ids.shape))
-        return original(self, ids, *others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Assistant, "hidden_states", count)
-        yield shapes
+    output, found = gradients(model, batch)
+    return output.loss.detach(), found
 
 
 @contextmanager
 def no_assistant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing can load the weights of an assistant, nor run one."""
-
-    def refuse(*args: Any) -> Any:
-        raise AssertionError("the assistant was needed")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Assistant, "_load", refuse)
-        patch.setattr(Assistant, "hidden_states", refuse)
+        break_assistants(patch, AssertionError("the assistant was needed"), loading=True)
         yield
 
 
@@ -277,7 +244,7 @@ def test_the_callers_own_assistant_input_is_never_looked_up(pair: Pair, monkeypa
     own = torch.tensor([[2, 5, 6, 0, 0, 0, 0]] * 4)
     plain = model(**collate(rows), assistant_input_ids=own).loss
     use_thoughts(model, computed(model, rows))
-    with counted(monkeypatch) as shapes:
+    with assistant_reads(monkeypatch) as shapes:
         assert torch.equal(model(**collate(rows), assistant_input_ids=own).loss, plain)
     assert shapes == [(4, 7)]
 
@@ -304,17 +271,17 @@ def test_thoughts_from_disk_are_used_without_ever_loading_the_assistant(
 
 def test_the_assistant_is_released_and_loaded_again_when_needed(pair: Pair) -> None:
     model, rows = make_model(pair), examples(pair)
-    assistant = reader_of(model).assistant
+    assistant = assistant_of(model)
     plain = model(**collate(rows)).loss
-    thoughts, backbone = computed(model, rows), weakref.ref(assistant.backbone(torch.device("cpu")))
+    thoughts, backbone = computed(model, rows), weakref.ref(backbone_of(model))
     use_thoughts(model, thoughts)
     gc.collect()
     assert backbone() is None
     model(**collate(rows))
-    assert not assistant._loaded
+    assert not is_loaded(assistant)
     use_thoughts(model, None)
     assert torch.equal(model(**collate(rows)).loss, plain)
-    assert assistant._loaded
+    assert is_loaded(assistant)
 
 
 def test_a_given_assistant_stays(pair: Pair) -> None:
@@ -322,7 +289,7 @@ def test_a_given_assistant_stays(pair: Pair) -> None:
     use_assistant(loaded, AutoTokenizer.from_pretrained(pair.assistant), name="mine")
     model, rows = make_model(pair, assistant_model_name_or_path="mine"), examples(pair)
     use_thoughts(model, computed(model, rows))
-    assert reader_of(model).assistant.backbone(torch.device("cpu")) is loaded.model
+    assert backbone_of(model) is loaded.model
 
 
 # Prompts that are missing
@@ -332,7 +299,7 @@ def test_missing_prompts_warn_once_and_are_read_by_the_assistant(pair: Pair, mon
     model, rows = make_model(pair), examples(pair)
     plain = model(**collate(rows)).loss
     use_thoughts(model, computed(model, rows[:2]))
-    with counted(monkeypatch) as shapes:
+    with assistant_reads(monkeypatch) as shapes:
         with pytest.warns(UserWarning, match="lacks thoughts for 2 of 4 prompts of a batch, with 4 thoughts each"):
             loss = model(**collate(rows)).loss
         assert torch.equal(loss, plain)
@@ -471,7 +438,7 @@ def test_a_commit_of_the_hub_is_in_the_fingerprint(pair: Pair, monkeypatch: pyte
     model, rows = make_model(pair), examples(pair)
     thoughts = computed(model, rows)
     monkeypatch.setattr(Path, "is_dir", lambda path: False)
-    monkeypatch.setattr(reader_of(model).assistant, "revision", "abc")
+    monkeypatch.setattr(assistant_of(model), "revision", "abc")
     with pytest.raises(ValueError, match="`assistant_commit` was None and is 'abc'"):
         use_thoughts(model, thoughts)
 
@@ -498,10 +465,11 @@ import sys
 from datasets.fingerprint import Hasher
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from helpers import reader_of
 from softcot_peft import compute_thoughts
 base, adapter = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-model.get_input_embeddings().softcot_reader["default"].base_tokenizer(["a", "b c"], padding=True)
+reader_of(model).base_tokenizer(["a", "b c"], padding=True)
 print(Hasher.hash(compute_thoughts(model)))
 """
 
@@ -510,7 +478,9 @@ def test_another_process_finds_the_file_again(pair: Pair, tmp_path: Path) -> Non
     model = make_model(pair)
     model.save_pretrained(tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(pair.base), str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=process_environment()
+    ).stdout.strip()
     hasher = datasets.fingerprint.Hasher
     assert found == hasher.hash(compute_thoughts(model))
     assert found != hasher.hash(compute_thoughts(model, 4))
@@ -520,7 +490,7 @@ def test_another_process_finds_the_file_again(pair: Pair, tmp_path: Path) -> Non
 def test_map_runs_once(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data(examples(pair)).save_to_disk(tmp_path / "data")
     stored = datasets.load_from_disk(tmp_path / "data")
-    with counted(monkeypatch) as shapes:
+    with assistant_reads(monkeypatch) as shapes:
         first = stored.map(compute_thoughts(make_model(pair)), batched=True, batch_size=2)
         assert len(shapes) == 2
         again = stored.map(compute_thoughts(make_model(pair)), batched=True, batch_size=2)
@@ -614,7 +584,7 @@ def test_each_adapter_has_its_own(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     with no_assistant(monkeypatch):
         assert torch.equal(model(**collate(rows)).loss, plain["other"])
     model.set_adapter("default")
-    with counted(monkeypatch) as shapes:
+    with assistant_reads(monkeypatch) as shapes:
         assert torch.equal(model(**collate(rows)).loss, plain["default"])
     assert len(shapes) == 1
     model.delete_adapter("other")
@@ -673,10 +643,6 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def logged(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 @pytest.mark.parametrize("mapped", [False, True], ids=["the data as before", "the mapped data"])
 @pytest.mark.parametrize("kind", ["automatic", "run"])
 def test_trainer(kind: str, mapped: bool, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,7 +659,7 @@ def test_trainer(kind: str, mapped: bool, pair: Pair, tmp_path: Path, monkeypatc
         trainer = Trainer(model, options, collate, train_dataset=train, eval_dataset=train)
         with no_assistant(monkeypatch) if cached else warnings.catch_warnings():
             trainer.train()
-            runs.append([*logged(trainer), trainer.evaluate()["eval_loss"]])
+            runs.append([*losses(trainer), trainer.evaluate()["eval_loss"]])
     assert runs[1] == pytest.approx(runs[0], abs=1e-5)
     assert runs[0][-1] < runs[0][0]
 
@@ -720,6 +686,6 @@ def test_sft_trainer(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             use_thoughts(trainer.model, thoughts)
         with no_assistant(monkeypatch) if cached else warnings.catch_warnings():
             trainer.train()
-        runs.append(logged(trainer))
+        runs.append(losses(trainer))
     assert runs[1] == pytest.approx(runs[0], abs=1e-5)
     assert runs[0][-1] < runs[0][0]

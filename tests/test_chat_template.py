@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
 from oracle import Oracle
+from tiny_pair import QUESTIONS, Pair
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens

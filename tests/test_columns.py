@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import (
+    Placement,
+    align_left,
+    insert,
+    insert_positions,
+    locate,
+    positions,
+    prompts,
+    restore,
+    restore_keys,
+    take,
+    trailing,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from softcot_peft.columns import insert, insert_positions, restore, restore_keys, take
-from softcot_peft.placement import Placement, align_left, locate, positions, prompts, trailing
 
 
 @st.composite

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair
 from peft import PeftConfig, PeftModel, PeftType, TaskType
+from tiny_pair import Pair
 
 import softcot_peft
 from softcot_peft import SoftCoTConfig

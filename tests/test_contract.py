@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import CACHE_NAME, assistant_passes, collate, labelled, new_tokens, projection_of, up_to_eos
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,22 +27,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from softcot_peft._compat import CACHE_NAME
-
 N = 4
 NEW = 10
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
-
-
-@pytest.fixture(scope="module")
-def model(pair: Pair) -> PeftModel:
-    """Automatic placement, an assistant with another tokenizer."""
-    return pair.model(thought_token="<thought>")
-
-
-@pytest.fixture(scope="module")
-def oracle(pair: Pair, model: PeftModel) -> Oracle:
-    return Oracle.of(model, pair.base, pair.assistant, N)
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +38,11 @@ def answers(pair: Pair, oracle: Oracle) -> list[list[int]]:
     return [oracle.generate(row, NEW) for row in pair.rows(QUESTIONS)]
 
 
-def new_tokens(output: Tensor, batch: dict[str, Tensor], eos: int = 1) -> list[list[int]]:
-    """What was generated per row, up to and with EOS; the prompts must be the caller's."""
-    length = batch["input_ids"].shape[1]
-    copies = output.shape[0] // batch["input_ids"].shape[0]
-    assert torch.equal(output[:, :length], batch["input_ids"].repeat_interleave(copies, 0))
-    rows = output[:, length:].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
-
-
-def layer_of(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if type(module).__name__ == "SoftCoTLayer")
-
-
-@contextmanager
-def counted_assistant(model: nn.Module) -> Iterator[list[int]]:
-    """Batch sizes of the assistant's passes."""
-    calls: list[int] = []
-    backbone = layer_of(model).softcot_reader["default"].assistant.backbone(torch.device("cpu"))
-    handle = backbone.register_forward_hook(lambda *_args: calls.append(_args[2].last_hidden_state.shape[0]))
-    yield calls
-    handle.remove()
-
-
 @contextmanager
 def recorded_thoughts(model: nn.Module) -> Iterator[list[Tensor]]:
     """The soft thoughts of every pass."""
     thoughts: list[Tensor] = []
-    projection = layer_of(model).softcot_projection["default"]
-    handle = projection.register_forward_hook(lambda *args: thoughts.append(args[2].detach()))
+    handle = projection_of(model).register_forward_hook(lambda *args: thoughts.append(args[2].detach()))
     yield thoughts
     handle.remove()
 
@@ -89,15 +53,7 @@ def supervised(
     """Prompts with responses of different lengths, the responses labelled, and both as lists."""
     texts = responses or ["So 12.", "Fourteen legs, since a dog has two pairs", "120 miles", "5"]
     rows = [(p, pair.tokenizer(t)["input_ids"] + [1]) for p, t in zip(pair.rows(QUESTIONS), texts, strict=True)]
-    length = max(len(p) + len(r) for p, r in rows)
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, response in rows:
-        pad = length - len(prompt) - len(response)
-        before, behind = (pad, 0) if side == "left" else (0, pad)
-        batch["input_ids"].append([0] * before + prompt + response + [0] * behind)
-        batch["attention_mask"].append([0] * before + [1] * (length - pad) + [0] * behind)
-        batch["labels"].append([-100] * (before + len(prompt)) + response + [-100] * behind)
-    return {name: torch.tensor(value) for name, value in batch.items()}, rows
+    return collate(labelled(*zip(*rows, strict=True)), side), rows
 
 
 def oracle_loss(oracle: Oracle, rows: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -537,13 +493,13 @@ class TestLine6OneAssistantPass:
         ids=["greedy", "uncached", "beams", "samples", "chunked"],
     )
     def test_once_per_generate(self, pair: Pair, model: PeftModel, options: dict[str, Any]) -> None:
-        with counted_assistant(model) as calls:
+        with assistant_passes(model) as calls:
             model.generate(**pair.batch(QUESTIONS), max_new_tokens=5, **{"do_sample": False, **options})
         assert calls == [len(QUESTIONS)]
 
     def test_once_per_forward_and_never_when_disabled(self, pair: Pair, model: PeftModel) -> None:
         batch, _ = supervised(pair, "right")
-        with counted_assistant(model) as calls:
+        with assistant_passes(model) as calls:
             model(**batch).loss.backward()
             assert calls == [len(QUESTIONS)]
             with model.disable_adapter():
@@ -590,8 +546,7 @@ class TestTheCallersOwnAssistantInput:
             inputs_embeds=embed(batch["input_ids"]), attention_mask=batch["attention_mask"], **own,
             max_new_tokens=NEW, do_sample=False,
         )  # fmt: skip
-        got = [row[: row.index(1) + 1] if 1 in row else row for row in output.tolist()]
-        assert got == answers
+        assert up_to_eos(output.tolist()) == answers
 
     def test_disabled_ignores_it(self, pair: Pair, model: PeftModel, oracle: Oracle) -> None:
         own = self.own_input(pair, oracle)

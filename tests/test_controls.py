@@ -6,9 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair, load_example, next_logits
+from helpers import load_example, next_logits
 from oracle import Oracle
 from peft import PeftModel
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 
 N, NEW = 4, 5
@@ -18,16 +19,6 @@ CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 @pytest.fixture(scope="module")
 def controls() -> ModuleType:
     return load_example("controls")
-
-
-@pytest.fixture
-def model(pair: Pair) -> PeftModel:
-    return pair.model(thought_token="<thought>")
-
-
-@pytest.fixture
-def oracle(pair: Pair, model: PeftModel) -> Oracle:
-    return Oracle.of(model, pair.base, pair.assistant, N)
 
 
 def expected(oracle: Oracle, row: list[int], thoughts: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair
 from oracle import Oracle
 from test_chat_template import with_template
 from test_trl import RUN, N, losses, sft
+from tiny_pair import Pair
 from transformers import PreTrainedTokenizerBase
 
 import softcot_peft

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import QUESTIONS, Pair
 from engines import ZERO3, Runs, check_same
+from helpers import find_assistant, is_whole, loaded_whole, projection_of
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,8 +23,6 @@ from transformers.integrations import deepspeed
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from softcot_peft import use_assistant
-from softcot_peft._compat import is_whole, loaded_whole
-from softcot_peft.assistant import find_assistant
 
 LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -56,7 +55,7 @@ def test_thoughts_are_projected_where_fsdp2_gathers_the_projection(pair: Pair, g
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(model.get_input_embeddings(), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert not is_whole(model.get_input_embeddings().softcot_projection["default"].weight)
+    assert not is_whole(projection_of(model).weight)
     torch.testing.assert_close(model(**batch, logits_to_keep=1).logits, expected)
     own = torch.zeros(2, 6, dtype=torch.long)
     with pytest.raises(RuntimeError, match="pass `input_ids` instead of `inputs_embeds`"):

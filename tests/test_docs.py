@@ -7,35 +7,21 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import QUESTIONS, Pair
-from torch.nn.utils.rnn import pad_sequence
+from helpers import ROOT, collate
+from tiny_pair import QUESTIONS, Pair
 from transformers import TrainingArguments
-
-from softcot_peft import assistant
 
 datasets = pytest.importorskip("datasets")
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("evaluation/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    fills = {"input_ids": 0, "labels": -100}
-    return {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
-        for name, fill in fills.items()
-    }
-
-
-def test_the_readme_s_code_runs_from_training_to_the_pipeline(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The blocks in their order, with the pair of the tests in the place of the named models."""
-    monkeypatch.setattr(assistant, "_given", {})  # the README gives one a name
+@pytest.mark.usefixtures("nothing_given")
+def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_path: Path) -> None:
+    """The blocks in their order, with the pair of the tests in the place of the named models; they give one a name."""
     labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),

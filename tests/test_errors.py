@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair, make_assistant_tokenizer
+from helpers import CACHE_NAME, break_assistants, collate, labelled, rewrite
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_pair import QUESTIONS, Pair, make_assistant_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from softcot_peft import SoftCoTConfig
-from softcot_peft._compat import CACHE_NAME
 
 N = 4
 NEW = 5
@@ -169,12 +168,6 @@ def test_a_field_of_a_later_version_is_announced_and_ignored(pair: Pair, tmp_pat
         loaded = PeftModel.from_pretrained(pair.load_base(), tmp_path)
     batch = pair.batch(QUESTIONS) | {"logits_to_keep": 1}
     assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
-
-
-def rewrite(folder: Path, **changes: object) -> None:
-    """Change fields of a saved adapter's config."""
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 # Attaching
@@ -557,22 +550,6 @@ def test_rotary_positions_have_no_end(model: PeftModel) -> None:
     assert model(**long, logits_to_keep=1).logits.isfinite().all()
 
 
-def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Tensor]:
-    """Right-padded prompts and responses with the responses labelled."""
-    ids = [
-        torch.tensor(prompt + response) for prompt, response in zip(pair.rows(rows), pair.rows(responses), strict=True)
-    ]
-    labels = [
-        row.clone().index_fill(0, torch.arange(len(p)), -100) for row, p in zip(ids, pair.rows(rows), strict=True)
-    ]
-    pad = nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad(ids, batch_first=True),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad(labels, batch_first=True, padding_value=-100),
-    }
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("rows", "responses", "parts"),
@@ -593,7 +570,7 @@ def labelled(rows: list[str], responses: list[str], pair: Pair) -> dict[str, Ten
 def test_labels_that_leave_no_place_for_thoughts_are_refused(
     pair: Pair, model: PeftModel, rows: list[str], responses: list[str], parts: list[str], training: bool
 ) -> None:
-    batch = labelled(rows, responses, pair)
+    batch = collate(labelled(pair.rows(rows), pair.rows(responses)))
     with refused(*parts):
         model.train(training)(**batch)
 
@@ -699,10 +676,7 @@ def test_an_error_inside_the_base_leaves_nothing_behind(pair: Pair, model: PeftM
 def test_an_error_inside_the_assistant_leaves_nothing_behind(
     pair: Pair, model: PeftModel, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr("softcot_peft.assistant.Assistant.hidden_states", fail)
+    break_assistants(monkeypatch, RuntimeError("out of luck"))
     with refused("out of luck", kind=RuntimeError):
         call_model(model, call, pair.batch(QUESTIONS))
     monkeypatch.undo()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, EXAMPLES, QUESTIONS, Pair, load_example, needs_data
+from helpers import EXAMPLES, load_example, load_script
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_data import write_data
+from small_data import DATA, needs_data, write_data
+from tiny_pair import QUESTIONS, Pair
 
 from softcot_peft import with_thought_tokens
 
@@ -23,17 +22,9 @@ pytest.importorskip("scipy")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-
-def load_script() -> ModuleType:
-    """By its path, since a library that lm-evaluation-harness installs is called `evaluate`, too."""
-    sys.path.append(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("evaluate_script", EXAMPLES / "evaluate.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-evaluate = load_script()
+sys.path.append(str(EXAMPLES))
+# By its path, since a library that lm-evaluation-harness installs is called `evaluate`, too.
+evaluate = load_script(EXAMPLES / "evaluate.py", "evaluate_script", known=True)
 NEW = 6
 N = 4
 

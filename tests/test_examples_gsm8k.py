@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pair, load_example
+from helpers import load_example
+from tiny_pair import Pair
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, load_example, make_base
+from helpers import EXAMPLES, load_example
+from tiny_pair import make_base
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 

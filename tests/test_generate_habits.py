@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import CACHE_NAME, base_passes, break_assistants, generated
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,22 +30,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softcot_peft._compat import CACHE_NAME
-from softcot_peft.assistant import Assistant
-
 N, NEW = 4, 5
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
-
-
-@pytest.fixture(scope="module")
-def model(pair: Pair) -> PeftModel:
-    return pair.model(thought_token="<thought>")
-
-
-@pytest.fixture(scope="module")
-def oracle(pair: Pair, model: PeftModel) -> Oracle:
-    return Oracle.of(model, pair.base, pair.assistant, N)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +41,13 @@ def answers(pair: Pair, oracle: Oracle) -> list[list[int]]:
 
 
 def answered(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> list[list[int]]:
-    """New tokens up to the end of each answer."""
-    output = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **options)
-    rows = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
+    return generated(model, batch, NEW, do_sample=False, **options)
 
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is refused before the assistant reads."""
-
-    def fail(*args: Any) -> None:
-        raise AssertionError("the assistant was run")
-
-    monkeypatch.setattr(Assistant, "hidden_states", fail)
+    break_assistants(monkeypatch, AssertionError("the assistant was run"))
 
 
 # Labels: trainers that evaluate with `generate` pass them
@@ -89,11 +70,9 @@ def test_generate_does_not_look_at_labels(
 
 
 def test_labels_do_not_keep_equal_rows_apart(pair: Pair, model: PeftModel) -> None:
-    batch, rows = pair.batch(QUESTIONS[:1] * 3), list[int]()
-    layer = model.get_base_model().model.layers[0]
-    handle = layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    answered(model, batch, labels=torch.tensor([[5], [6], [7]]))
-    handle.remove()
+    batch = pair.batch(QUESTIONS[:1] * 3)
+    with base_passes(model) as rows:
+        answered(model, batch, labels=torch.tensor([[5], [6], [7]]))
     assert rows[0] == 1
 
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair, make_base
+from helpers import cache_length, find_cache, generated, gradients, head_is_last
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_pair import Pair, make_base
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from softcot_peft import SoftCoTConfig
-from softcot_peft._compat import cache_length, find_cache
 
 PROMPT, ANSWER, LATER = "What is nine less four?", " five", " five, as I said"
 THOUGHT = "<thought>"
@@ -43,9 +43,8 @@ def saved(pair: Pair, tmp_path: Path) -> tuple[Path, list[int]]:
 
 
 def answer(model: nn.Module, pair: Pair, **options: Any) -> list[int]:
-    batch = pair.batch([PROMPT])
-    new = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, **options)
-    return new[0, batch["input_ids"].shape[1] :].tolist()
+    (found,) = generated(model.eval(), pair.batch([PROMPT]), 6, do_sample=False, **options)
+    return found
 
 
 # 1. Adapters on bases with a wrapped part
@@ -279,10 +278,8 @@ def response_batch(pair: Pair) -> dict[str, Tensor]:
 
 
 def step(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, Tensor]:
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    return output, torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    output, found = gradients(model, batch)
+    return output, torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("loud", [False, True], ids=["small logits", "large logits"])
@@ -301,7 +298,7 @@ def test_the_head_is_passed_by_only_where_it_is_the_last_thing(
         model = get_peft_model(copy.deepcopy(base).to(dtype), config).train()
         steps.append(step(model, batch))
         if two:
-            assert model.get_base_model().softcot_hooks.two_passes._head_is_last == alone
+            assert head_is_last(model) == alone
     (two_passes, found), (one_pass, expected) = steps
     assert two_passes.logits is None
     rounding = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}[dtype]

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import limit_parameters, reader_of, rewrite
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -77,12 +78,6 @@ def test_the_trap_springs_where_pickles_are_read(tmp_path: Path) -> None:
     torch.save({"x": trap}, tmp_path / "x.bin")
     torch.load(tmp_path / "x.bin", weights_only=False)
     assert trap.file.exists()
-
-
-def rewrite(folder: Path, file: str = "adapter_config.json", **changes: object) -> str:
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-    return str(folder)
 
 
 def load(route: str, pair: Pair, folder: Path) -> Any:
@@ -335,7 +330,7 @@ def test_a_config_too_deep_to_read_is_refused(pair: Pair, adapter: Path) -> None
 )
 def test_a_template_is_text(pair: Pair, template: str) -> None:
     model = pair.model(assistant_prompt=template)
-    reader = model.get_input_embeddings().softcot_reader["default"]
+    reader = reader_of(model)
     row = torch.tensor(pair.rows(["seven dogs"]))
     ids, mask = reader.read(row, torch.ones_like(row), 4)
     wanted = reader.assistant.tokenizer(template.replace("{prompt}", "seven dogs"))["input_ids"]
@@ -539,7 +534,7 @@ def test_an_absurd_config_is_refused_before_memory_is_taken(
 def test_a_config_that_asks_for_endless_modules_under_another_name_is_stopped(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softcot_peft.untrusted._MOST_PARAMETERS", 5)
+    limit_parameters(monkeypatch, 5)
     with pytest.raises(ValueError, match="asks for more than 5 tensors"):
         pair.model(assistant_dtype="float64")  # another assistant than those in use
     monkeypatch.undo()
@@ -579,7 +574,7 @@ def test_a_chat_template_runs_in_the_sandbox(pair: Pair, assistant: Path, templa
 @pytest.mark.parametrize("text", ["[EOS]", "[PAD] [BOS]", "[UNK] seven dogs [EOS]"])
 def test_a_prompt_cannot_spell_the_assistants_special_tokens(pair: Pair, text: str) -> None:
     model = pair.model()
-    reader = model.get_input_embeddings().softcot_reader["default"]
+    reader = reader_of(model)
     row = torch.tensor(pair.rows([text]))
     ids, _ = reader.read(row, torch.ones_like(row), 4)
     special = reader.assistant.tokenizer

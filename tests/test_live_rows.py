@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair, load_example
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from helpers import CACHE_NAME, base_passes, load_example
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-
-from softcot_peft._compat import CACHE_NAME
+from transformers import MambaConfig, MambaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 live_rows = load_example("live_rows")
 PROMPTS = [*QUESTIONS, "Nine?", "And ten?"]
@@ -49,20 +46,6 @@ def prompt_tuning(pair: Pair) -> nn.Module:
     return get_peft_model(pair.load_base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@contextmanager
-def counted(model: nn.Module) -> Iterator[list[int]]:
-    """How many rows each run of the first decoder layer has."""
-    rows: list[int] = []
-    layer = base_of(model).model.layers[0]
-    handle = layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    yield rows
-    handle.remove()
-
-
 def ask(model: nn.Module, pair: Pair, live: bool, lengths: list[int] = ENDS, **settings: Any) -> Tensor:
     """New ids `(B, NEW)`; the same random numbers each time."""
     batch = pair.batch(PROMPTS[: len(lengths)])
@@ -85,7 +68,7 @@ SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0}
 def test_tokens_are_those_of_all_rows(pair: Pair, method: Any, settings: dict[str, Any]) -> None:
     model = method(pair)
     whole = ask(model, pair, live=False, **settings)
-    with counted(model) as rows:
+    with base_passes(model) as rows:
         found = ask(model, pair, live=True, **settings)
     assert torch.equal(found, whole)
     assert rows == [6, 5, 5, 4, 4, 3, 2, 2, 2]
@@ -98,7 +81,7 @@ def test_rows_end_with_the_models_own_eos(pair: Pair) -> None:
     model, batch = pair.model(), pair.batch(PROMPTS)
     model.get_base_model().generation_config.eos_token_id = list(range(1, 330, 12))
     whole = model.generate(**batch, max_new_tokens=40, do_sample=False)
-    with counted(model) as rows, live_rows.LiveRows(model) as live:
+    with base_passes(model) as rows, live_rows.LiveRows(model) as live:
         found = model.generate(
             **batch, max_new_tokens=40, do_sample=False, stopping_criteria=StoppingCriteriaList([live])
         )
@@ -133,7 +116,7 @@ def test_rows_are_asked_for_now_and_then_on_a_gpu(pair: Pair, monkeypatch: pytes
     model = pair.model()
     whole = ask(model, pair, live=False)
     monkeypatch.setattr(live_rows.LiveRows, "every", property(lambda self: 4))
-    with counted(model) as rows:
+    with base_passes(model) as rows:
         assert torch.equal(ask(model, pair, live=True), whole)
     assert rows == [6, 5, 5, 5, 5, 3, 3, 3, 3]
 
@@ -150,7 +133,7 @@ def test_rows_run_on_when_all_have_ended(pair: Pair) -> None:
 
 def test_static_caches_keep_all_rows(pair: Pair) -> None:
     model = pair.model()
-    with counted(model) as rows:
+    with base_passes(model) as rows:
         found = ask(model, pair, live=True, cache_implementation="static", disable_compile=True)
     assert torch.equal(found, ask(model, pair, live=False))
     assert rows == [6] * NEW

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
 from oracle import Oracle
+from tiny_pair import QUESTIONS, Pair
 from torch import nn
 
 from softcot_peft import with_thought_tokens

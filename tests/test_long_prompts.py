@@ -6,8 +6,9 @@ import pytest
 import torch
 from peak import RUNS, make_base_alone, make_batch, make_model
 
-import softcot_peft.assistant
 from benchmarks.memory import peak_bytes
+
+pytestmark = pytest.mark.usefixtures("nothing_given")
 
 SIZES = [  # batch, tokens, thoughts
     (1, 512, 8),
@@ -21,12 +22,6 @@ SIZES = [  # batch, tokens, thoughts
     (64, 64, 8),
     (64, 64, 64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
 
 
 def test_the_peak_is_that_of_the_tensors_alive_at_once() -> None:

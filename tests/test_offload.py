@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from conftest import QUESTIONS, Pair
+from helpers import PROJECTION, projection_of
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -79,10 +80,6 @@ def bench(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(pair, tmp_path)
 
 
-def projection(model: nn.Module) -> nn.Module:
-    return model.get_input_embeddings().softcot_projection["default"]
-
-
 def check_answers(model: nn.Module, bench: Bench) -> None:
     """Logits and greedy tokens are those of the model in memory."""
     with torch.no_grad():
@@ -104,9 +101,9 @@ def check_trains(model: nn.Module, bench: Bench) -> None:
         optimizer.step()
         each.eval()
         if each is bench.model:
-            expected, before = loss, projection(each)
+            expected, before = loss, projection_of(each)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    for name, weight in projection(model).named_parameters():
+    for name, weight in projection_of(model).named_parameters():
         torch.testing.assert_close(weight.cpu(), before.get_parameter(name), atol=1e-5, rtol=0)
 
 
@@ -139,7 +136,7 @@ OFFLOADED: dict[str, Callable[[Bench], nn.Module]] = {
 def test_an_adapter_on_an_offloaded_base_answers_and_trains(bench: Bench, way: str) -> None:
     model = TRAINABLE[way](bench)
     assert any(weight.is_meta for weight in model.parameters())
-    assert not projection(model).weight.is_meta
+    assert not projection_of(model).weight.is_meta
     check_answers(model, bench)
     check_trains(model, bench)
 
@@ -147,7 +144,7 @@ def test_an_adapter_on_an_offloaded_base_answers_and_trains(bench: Bench, way: s
 @pytest.mark.parametrize("way", OFFLOADED)
 def test_an_offloaded_adapter_answers_and_refuses_to_train(bench: Bench, way: str) -> None:
     model = OFFLOADED[way](bench)
-    assert projection(model).weight.is_meta
+    assert projection_of(model).weight.is_meta
     check_answers(model, bench)
     model.train()
     with pytest.raises(RuntimeError, match="projection must be in memory to be trained"):
@@ -176,7 +173,7 @@ def test_a_device_map_is_as_before_when_the_adapter_is_gone(bench: Bench) -> Non
     base = bench.base(EMBEDDING)
     before = dict(base.hf_device_map)
     model = bench.attach(base)
-    assert base.hf_device_map["model.embed_tokens.softcot_projection"] == "cpu"
+    assert base.hf_device_map[f"model.embed_tokens.{PROJECTION}"] == "cpu"
     assert model.unload().hf_device_map == before
 
 
@@ -204,7 +201,7 @@ def test_a_gpu_executes_what_is_offloaded(bench: Bench, place: str, route: str) 
     else:
         model = bench.load(base, places)
     check_answers(model, bench)
-    if not projection(model).weight.is_meta:
+    if not projection_of(model).weight.is_meta:
         check_trains(model, bench)
 
 

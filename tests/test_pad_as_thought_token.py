@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
 from peft import PeftModel
+from tiny_pair import QUESTIONS, Pair
 from torch.nn.utils.rnn import pad_sequence
 
 from softcot_peft import with_thought_tokens

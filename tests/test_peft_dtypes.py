@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pair
+from helpers import PROJECTION, last_labels, next_logits, projection_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from short_prompts import NEW, PROMPTS
+from short_prompts import NEW, PROMPTS, answers
+from tiny_pair import Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -19,26 +20,11 @@ N = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def answers(model: nn.Module, pair: Pair) -> list[list[int]]:
-    batch = pair.batch(PROMPTS)
-    found = model.generate(**batch, max_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(1) + 1] if 1 in row else row for row in found]
-
-
-def next_logits(model: nn.Module, pair: Pair, texts: list[str] = PROMPTS) -> Tensor:
-    with torch.no_grad():
-        return model(**pair.batch(texts), logits_to_keep=1).logits[:, -1]
-
-
-def projection_of(model: nn.Module) -> nn.Linear:
-    return model.get_input_embeddings().softcot_projection["default"]
-
-
 def written(model: nn.Module, pair: Pair, text: str) -> Tensor:
     """What the base reads at the thought positions of one prompt, `(N, H_base)`."""
     seen: list[Tensor] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
-    next_logits(model, pair, [text])
+    next_logits(model, pair.batch([text]))
     hook.remove()
     return seen[0][0, -N:]
 
@@ -76,14 +62,12 @@ def test_thoughts_are_projected_in_float32_whatever_base_and_assistant_are(
     assert {parameter.dtype for parameter in projection_of(model).parameters()} == {torch.float32}
     others = {parameter.dtype for name, parameter in model.named_parameters() if "softcot_" not in name}
     assert others == {DTYPES[base_dtype]}
-    logits = next_logits(model, pair)
+    logits = next_logits(model, pair.batch(PROMPTS))
     assert logits.dtype == DTYPES[base_dtype]
     assert logits.isfinite().all()
     assert len(answers(model, pair)) == len(PROMPTS)
     batch = pair.batch(PROMPTS)
-    labels = torch.full_like(batch["input_ids"], -100)
-    labels[:, -2:] = batch["input_ids"][:, -2:]
-    model.train()(**batch, labels=labels).loss.backward()
+    model.train()(**batch, labels=last_labels(batch["input_ids"], 2)).loss.backward()
     for parameter in projection_of(model).parameters():
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
@@ -115,7 +99,7 @@ def test_the_adapter_s_dtype_is_float32_or_as_asked_the_base_s(
         return model, "new"
 
     model, name = make()
-    projection = model.eval().get_input_embeddings().softcot_projection[name]
+    projection = projection_of(model.eval(), name)
     dtype = torch.float32 if autocast else torch.bfloat16
     assert {parameter.dtype for parameter in projection.parameters()} == {dtype}
     oracle = Oracle(pair.base, pair.assistant, projection.weight.detach(), projection.bias.detach(), N)
@@ -183,10 +167,6 @@ def load_quantised(pair: Pair, kind: str, device: str) -> PreTrainedModel:
     ).eval()
 
 
-def labelled(pair: Pair) -> tuple[list[int], list[int]]:
-    return pair.rows([PROMPTS[0]])[0], pair.rows([" They have twenty eight legs."])[0]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", QUANTISED)
 # bitsandbytes' own: of its 8-bit matmul on every call, and of its CPU kernels
@@ -209,7 +189,7 @@ def test_a_quantised_base_trains_and_answers_as_the_oracle_over_it(
     )
     for name in ("weight", "bias"):
         setattr(oracle, name, getattr(oracle, name).requires_grad_())
-    prompt, response = labelled(pair)
+    (prompt,), (response,) = pair.rows([PROMPTS[0]]), pair.rows([" They have twenty eight legs."])
     oracle.base.train()  # 8-bit layers round in another way
     with torch.device(device):
         expected = oracle.loss(prompt, response)
@@ -226,7 +206,7 @@ def test_a_quantised_base_trains_and_answers_as_the_oracle_over_it(
         )
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name for name, _ in model.named_parameters()} - frozen == {
-        f"base_model.model.model.embed_tokens.softcot_projection.default.{name}" for name in ("weight", "bias")
+        f"base_model.model.model.embed_tokens.{PROJECTION}.default.{name}" for name in ("weight", "bias")
     }
 
     model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair
+from helpers import PROJECTION, assistant_of, last_labels, projection_of
 from oracle import Oracle
 from peft import (
     LoraConfig,
@@ -26,6 +26,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from short_prompts import NEW, PROMPTS, answers, next_logits
+from tiny_pair import Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -38,19 +39,13 @@ SIZE = 32 * 24 + 32  # of the projection
 def loss(model: nn.Module, pair: Pair) -> Tensor:
     """Loss of the last two tokens of every prompt."""
     batch = pair.batch(PROMPTS)
-    labels = torch.full_like(batch["input_ids"], -100)
-    labels[:, -2:] = batch["input_ids"][:, -2:]
-    return model(**batch, labels=labels).loss
+    return model(**batch, labels=last_labels(batch["input_ids"], 2)).loss
 
 
 def expected(model: nn.Module, pair: Pair, base: Path | None = None) -> list[list[int]]:
     """The oracle's answers, with the projection of the model's default adapter."""
     oracle = Oracle.of(model, base or pair.base, pair.assistant, N)
     return [oracle.generate(row, NEW) for row in pair.rows(PROMPTS)]
-
-
-def projection_of(model: nn.Module, name: str = "default") -> nn.Module:
-    return model.get_input_embeddings().softcot_projection[name]
 
 
 @pytest.fixture
@@ -187,7 +182,7 @@ def test_loading_in_little_memory_keeps_every_bit(
     model = load(pair.load_base(), folder).eval()
     stored = load_file(folder / "adapter_model.safetensors")
     for name, tensor in projection_of(model).state_dict().items():
-        assert torch.equal(tensor, stored[f"base_model.model.model.embed_tokens.softcot_projection.{name}"])
+        assert torch.equal(tensor, stored[f"base_model.model.model.embed_tokens.{PROJECTION}.{name}"])
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert answers(model, pair) == expected(model, pair)
 
@@ -299,7 +294,7 @@ def test_a_tuned_assistant_is_read_and_never_trained(pair: Pair) -> None:
 
 def test_of_two_models_that_share_an_assistant_one_goes_on_without_the_other(pair: Pair) -> None:
     first, second = pair.model(), pair.model(num_thought_tokens=2)
-    shared = {id(m.get_input_embeddings().softcot_reader["default"].assistant) for m in (first, second)}
+    shared = {id(assistant_of(m)) for m in (first, second)}
     assert len(shared) == 1
     wanted = answers(first, pair), answers(second, pair)
     assert wanted[0] == expected(first, pair)

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair
+from helpers import PROJECTION, collate, labelled, responses_of
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from short_prompts import NEW, PROMPTS, answers, next_logits
-from torch import Tensor, nn
+from tiny_pair import Pair
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 N = 4
-IGNORED = -100
 RESPONSES = [" They have twenty eight legs.", " Five.", " Yes, eight."]
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=16, target_modules=["q_proj", "v_proj"])
 LARGE = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -88,27 +88,15 @@ ATTACH = [inject_then_attach, wrap_then_attach, attach_then_inject, add_then_att
 LOAD = [load_both, load_then_attach, wrap_then_load]
 
 
-def labelled(pair: Pair) -> list[dict[str, list[int]]]:
-    rows = zip(pair.rows(PROMPTS), pair.rows([text + "<eos>" for text in RESPONSES]), strict=True)
-    return [{"input_ids": a + b, "labels": [IGNORED] * len(a) + b} for a, b in rows]
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def pad(name: str, value: int) -> Tensor:
-        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
-
-    ids, labels = pad("input_ids", 0), pad("labels", IGNORED)
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def examples(pair: Pair) -> list[dict[str, list[int]]]:
+    return labelled(pair.rows(PROMPTS), responses_of(pair, RESPONSES))
 
 
 def train(model: nn.Module, pair: Pair, steps: int = 3) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.05)
     for _ in range(steps):
-        model.train()(**collate(labelled(pair))).loss.backward()
+        model.train()(**collate(examples(pair))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -152,7 +140,7 @@ def test_both_train_and_nothing_else(attach: Callable[[Pair], nn.Module], pair: 
     model, base = attach(pair), pair.load_base().state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if "softcot_" in name} == {
-        name for name in model.state_dict() if "softcot_projection.thoughts" in name
+        name for name in model.state_dict() if f"{PROJECTION}.thoughts" in name
     }
     assert trained == {name for name in model.state_dict() if ".thoughts." in name or ".tuned." in name}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -178,7 +166,7 @@ def test_both_are_saved_and_load_to_the_oracle_over_the_merged_base(
     save(model, tmp_path)
     names = {name: set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in ("tuned", "thoughts")}
     assert all("lora_" in name for name in names["tuned"])
-    assert {name.rsplit(".", 2)[-2] for name in names["thoughts"]} == {"softcot_projection"}
+    assert {name.rsplit(".", 2)[-2] for name in names["thoughts"]} == {PROJECTION}
 
     oracle = merged_oracle(pair, tmp_path, tmp_path / "merged")
     check(model, oracle, pair)
@@ -197,7 +185,7 @@ def test_the_trainer_s_checkpoints_hold_both(attach: Callable[[Pair], nn.Module]
     settings = TrainingArguments(
         str(tmp_path), max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=2, **arguments
     )
-    Trainer(model, settings, collate, train_dataset=labelled(pair)).train()
+    Trainer(model, settings, collate, train_dataset=examples(pair)).train()
     model.eval()
     folder = tmp_path / "checkpoint-2"
     check(model, merged_oracle(pair, folder, tmp_path / "merged"), pair)

@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, make_assistant_tokenizer, make_base_tokenizer
+from helpers import CACHE_NAME, projection_of, reader_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, make_assistant_tokenizer, make_base_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -40,7 +41,6 @@ from transformers import (
 )
 
 from softcot_peft import SoftCoTConfig, use_assistant
-from softcot_peft._compat import CACHE_NAME
 
 # 36 tests: at least 20,000 cases in the long run and 500 in the normal one.
 CASES = 560 if settings.get_current_profile_name() == "fuzz" else 14
@@ -220,7 +220,7 @@ class World:
 
     @property
     def reader(self) -> Any:
-        return self.model.get_input_embeddings().softcot_reader["default"]
+        return reader_of(self.model)
 
     def set_numbers(self, scoring: int, writing: int | None) -> None:
         config = self.model.peft_config["default"]
@@ -254,7 +254,7 @@ def make_world(
     )
     torch.manual_seed(1)
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    projection = model.get_input_embeddings().softcot_projection["default"]
+    projection = projection_of(model)
     projection.register_forward_hook(lambda *args: world.seen.append(args[2].detach()))
     rest = (
         base_tokenizer,
@@ -523,7 +523,7 @@ def test_a_training_step_is_the_equations(world: World, case: Case, data: st.Dat
         if world.rounded is not None:
             rounded = nll(world.rounded, case)
             others = gradients(world.rounded, rounded[:3].mean(1))
-    projection = world.model.get_input_embeddings().softcot_projection["default"]
+    projection = projection_of(world.model)
     error = (torch.cat([projection.weight.grad.flatten(), projection.bias.grad]) - gradient).norm()
     if world.rounded is None:
         torch.testing.assert_close(output.loss, exact.mean(), atol=1e-5, rtol=1e-5)

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair, make_assistant_tokenizer
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair, make_assistant_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import softcot_peft.assistant
 from softcot_peft import use_assistant
 
 N = 4
 UNK, PAD, BOS, EOS = 0, 1, 2, 3  # of the assistant's tokenizer
 TWIN_EOS = 1  # of the base's tokenizer, which the twin has too
 TEXTS = [QUESTIONS[1], QUESTIONS[0], "Seven?"]  # of different lengths
+pytestmark = pytest.mark.usefixtures("nothing_given")
+
 TEMPLATE = "Think in {num_thought_tokens} steps: {prompt} Go on."
 
 
@@ -54,11 +55,6 @@ def watched(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Reading:
 
     model.base_model.register_forward_pre_hook(look, with_kwargs=True)
     return reading
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
 
 
 @pytest.fixture

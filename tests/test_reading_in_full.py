@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BASE_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
+from helpers import generated, given_assistants, given_tokenizers, reader_of, rewrite
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import BASE_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -29,30 +30,16 @@ from transformers import (
 )
 from transformers.utils import chat_template_utils
 
-import softcot_peft.assistant
-import softcot_peft.reader
 from softcot_peft import compute_thoughts, use_assistant, use_thoughts, use_tokenizer
-from softcot_peft.reader import PromptReader
 
 N, NEW = 4, 5
 LOSES = "has no tokens for"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
-    monkeypatch.setattr(softcot_peft.reader, "_tokenizers", {})
 
 
 @pytest.fixture
 def assistant(pair: Pair, tmp_path: Path) -> Path:
     """A copy of the assistant with a chat template, to be changed."""
     return Path(shutil.copytree(pair.chat_assistant, tmp_path / "assistant"))
-
-
-def reader_of(model: nn.Module) -> PromptReader:
-    return next(module.softcot_reader["default"] for module in model.modules() if hasattr(module, "softcot_reader"))
 
 
 def read(model: nn.Module, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -110,15 +97,14 @@ def test_a_tokenizer_in_memory_is_found_by_any_name(pair: Pair, tmp_path: Path, 
     changes = {"tokenizer_name_or_path": "in memory"} if where == "config" else {}
     if where == "adapter":  # that was trained on a base with this name
         pair.model().save_pretrained(tmp_path / "adapter")
-        file = tmp_path / "adapter" / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "in memory"}))
+        rewrite(tmp_path / "adapter", base_model_name_or_path="in memory")
         model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     else:
         model = get_peft_model(base, pair.config(**changes)).eval()
     assert read(model, ["elephants"], tokenizer) == [reader_of(model).assistant.tokenizer("elephants")["input_ids"]]
     if where == "config":  # and an adapter that names it says what to do where there is none
         model.save_pretrained(tmp_path)
-        softcot_peft.reader._tokenizers.clear()
+        given_tokenizers().clear()
         with pytest.raises(ValueError, match=r"`tokenizer_name_or_path`: no .* 'in memory'.*use_tokenizer\(tokenizer"):
             PeftModel.from_pretrained(base.__class__(base.config), tmp_path)
         use_tokenizer(tokenizer, name="in memory")
@@ -514,8 +500,7 @@ def test_tokens_without_an_embedding_are_refused_in_words(pair: Pair, tmp_path: 
 
 
 def tokens_of(model: nn.Module, pair: Pair) -> list[list[int]]:
-    batch = pair.batch(QUESTIONS)
-    return model.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW)[:, batch["input_ids"].shape[1] :].tolist()
+    return generated(model, pair.batch(QUESTIONS), NEW, min_new_tokens=NEW)
 
 
 @pytest.mark.parametrize("where", ["folder", "memory"])
@@ -525,7 +510,7 @@ def test_padding_without_an_embedding_changes_nothing(pair: Pair, tmp_path: Path
         name = saved(pair, tmp_path / "larger", pad_token="[MORE]")
     else:
         name = given(pair, pad_token="[MORE]")
-        softcot_peft.assistant._given[name].tokenizer.add_special_tokens({"pad_token": "[MORE]"})
+        given_assistants()[name].tokenizer.add_special_tokens({"pad_token": "[MORE]"})
     model = pair.model(assistant_model_name_or_path=name)
     assert reader_of(model).assistant.tokenizer.pad_token_id == len(make_assistant_tokenizer())
     assert tokens_of(model, pair) == expected
@@ -567,7 +552,7 @@ def test_the_vocabulary_is_that_of_the_embedding(pair: Pair, change: int) -> Non
     most = len(make_assistant_tokenizer())
     name = given(pair)
     model = pair.model(assistant_model_name_or_path=name)
-    loaded = softcot_peft.assistant._given[name].given
+    loaded = given_assistants()[name].given
     loaded.resize_token_embeddings(most + change)
     loaded.config.vocab_size = most  # a config need not follow
     ids = torch.full((1, 9), most + change - 1)

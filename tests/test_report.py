@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXAMPLES
+from helpers import EXAMPLES
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")

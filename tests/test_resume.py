@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import random
 import shutil
 import signal
@@ -13,17 +11,15 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from conftest import QUESTIONS, Pair, load_example
+from helpers import labelled, load_example, load_script, process_environment, same
 from safetensors.torch import load_file
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 
 SCRIPT = Path(__file__).parent / "distributed" / "train.py"
-ROOT = Path(__file__).parents[1]
 STEPS = 6
 # In the order in which `Trainer` writes them; what comes before the state may be there in part.
 WRITTEN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -35,13 +31,6 @@ OPTIONS = {  # everything that has to come back: moments, schedule, order of the
 }
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def make_data(pair: Pair, steps: int) -> dict[str, Any]:
     prompts, responses = pair.rows(QUESTIONS), pair.rows([" Five.<eos>", " It has eight legs.<eos>"])
     rows = [(prompt, response) for prompt in prompts for response in responses]
@@ -51,14 +40,8 @@ def make_data(pair: Pair, steps: int) -> dict[str, Any]:
         "config": {name: config[name] for name in ("task_type", "assistant_model_name_or_path", "num_thought_tokens")},
         "steps": steps,
         "prompts": [],
-        "rows": [
-            {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response} for prompt, response in rows
-        ],
+        "rows": labelled(*zip(*rows, strict=True)),
     }
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Training:
@@ -66,7 +49,7 @@ class Training:
 
     def __init__(self, pair: Pair, folder: Path) -> None:
         self.data, self.folder = make_data(pair, STEPS), folder
-        self.script = load_script()
+        self.script = load_script(SCRIPT, "train_script")
         self.last_whole_checkpoint = load_example("train_gsm8k").last_whole_checkpoint
         self.run(folder / "whole")
         self.weights = self.adapter(folder / "whole", STEPS)
@@ -139,7 +122,7 @@ def test_training_killed_at_any_moment_ends_on_the_same_weights(pair: Pair, tmp_
     training = make_data(pair, steps)
     (tmp_path / "data.json").write_text(json.dumps(training))
     command = [sys.executable, str(SCRIPT), str(tmp_path / "data.json"), str(tmp_path), "--options"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = process_environment() | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, json.dumps(OPTIONS)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -152,7 +135,7 @@ def test_training_killed_at_any_moment_ends_on_the_same_weights(pair: Pair, tmp_
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / f"checkpoint-{steps}").exists()
-    script, find = load_script(), load_example("train_gsm8k").last_whole_checkpoint
+    script, find = load_script(SCRIPT, "train_script"), load_example("train_gsm8k").last_whole_checkpoint
     found = find(tmp_path)
     script.make_trainer(training, tmp_path, **OPTIONS).train(resume_from_checkpoint=found)
     options = OPTIONS | {"save_steps": steps}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import assistant_passes, generated, in_training, projection_of, up_to_eos
 from oracle import Oracle
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
@@ -92,25 +93,12 @@ def chat(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> SavedChat:
 def base_tokens(base: PreTrainedModel, row: list[int]) -> list[int]:
     """What the plain base generates."""
     output = base.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)
-    return new_tokens(output, len(row))[0]
+    return up_to_eos(output[:, len(row) :].tolist())[0]
 
 
-def new_tokens(sequences: Tensor, length: int) -> list[list[int]]:
-    """New ids of every row up to and with EOS; nothing but padding may follow it."""
-    rows = []
-    for row in sequences[:, length:].tolist():
-        end = row.index(EOS) + 1 if EOS in row else len(row)
-        assert set(row[end:]) <= {PAD}
-        rows.append(row[:end])
-    return rows
-
-
-def generated(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[int]]:
-    """Greedy new tokens of a batch; the caller's prompts must come back in front of them."""
-    output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    length = inputs["input_ids"].shape[1]
-    assert torch.equal(output[:, :length], inputs["input_ids"])
-    return new_tokens(output, length)
+def written(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[int]]:
+    """Greedy new tokens of a batch."""
+    return generated(model, inputs, NEW, do_sample=False)
 
 
 # Routes from a saved folder to a model
@@ -180,14 +168,11 @@ def name_of(route: object) -> str:
 @pytest.mark.parametrize("route", ROUTES, ids=name_of)
 def test_route_generates_the_oracles_tokens(route: Route, pair: Pair, saved: Saved) -> None:
     model = route(pair, saved.folder)
-    passes: list[bool] = []
-    assistant = model.get_input_embeddings().active_reader().assistant.backbone(torch.device("cpu"))
-    hook = assistant.register_forward_hook(lambda module, args, output: passes.append(module.training))
-    singles = [generated(model, pair.batch([text]))[0] for text in PROMPTS]
-    assert singles == saved.plain
-    for side in ("left", "right"):
-        assert generated(model, pair.batch(PROMPTS, side)) == saved.plain
-    hook.remove()
+    with assistant_passes(model, in_training, adapter=None) as passes:
+        singles = [written(model, pair.batch([text]))[0] for text in PROMPTS]
+        assert singles == saved.plain
+        for side in ("left", "right"):
+            assert written(model, pair.batch(PROMPTS, side)) == saved.plain
     assert passes == [False] * (len(PROMPTS) + 2)  # one per call of `generate`, none while decoding
 
 
@@ -214,9 +199,9 @@ def test_route_to_chat_prompts_generates_the_oracles_tokens(route: Route, pair: 
     for messages, expected, prompt in zip(CHATS, chat.expected, chat.prompts, strict=True):
         inputs = dict(tokenizer.apply_chat_template(messages, **arguments))
         assert inputs["input_ids"].tolist() == [prompt]
-        assert generated(model, inputs) == [expected]
+        assert written(model, inputs) == [expected]
     batch = dict(tokenizer.apply_chat_template(CHATS, padding=True, **arguments))
-    assert generated(model, batch) == chat.expected
+    assert written(model, batch) == chat.expected
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +213,7 @@ def half(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Pa
     half = replace(pair, base=root / "base")
     model = half.model()
     model.save_pretrained(root / "adapter")
-    return half, root / "adapter", generated(model, pair.batch(PROMPTS))
+    return half, root / "adapter", written(model, pair.batch(PROMPTS))
 
 
 @pytest.mark.parametrize(
@@ -241,11 +226,11 @@ def test_route_to_a_bfloat16_base_keeps_the_saved_bits(route: Route, half: tuple
     model = route(pair, folder)
     layer = model.get_input_embeddings()
     assert layer.weight.dtype == torch.bfloat16
-    loaded = layer.softcot_projection[layer.active_adapters[0]].state_dict()
+    loaded = projection_of(model, layer.active_adapters[0]).state_dict()
     for name, tensor in projection_in(folder).items():
         assert tensor.dtype == torch.float32
         assert torch.equal(loaded[name.split(".")[-1]], tensor)
-    assert generated(model, pair.batch(PROMPTS)) == expected
+    assert written(model, pair.batch(PROMPTS)) == expected
 
 
 # Pipelines
@@ -258,7 +243,7 @@ def pipeline_tokens(outputs: list[list[dict[str, list[int]]]], prompts: list[lis
         ids = output["generated_token_ids"]
         padding = next(column for column, token in enumerate(ids) if token != PAD)
         assert ids[padding : padding + len(prompt)] == prompt
-        rows += new_tokens(torch.tensor([ids]), padding + len(prompt))
+        rows += up_to_eos([ids[padding + len(prompt) :]])
     return rows
 
 
@@ -324,12 +309,12 @@ def test_adapter_added_and_saved_with_transformers_is_the_same(pair: Pair, saved
     base = pair.load_base()
     torch.manual_seed(0)  # the fixture's weights
     base.add_adapter(pair.config())
-    assert generated(base, pair.batch(PROMPTS)) == saved.plain
+    assert written(base, pair.batch(PROMPTS)) == saved.plain
     base.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
     check_projection_alone(tmp_path)
     for route in (from_peft, from_load_adapter, from_auto_model):
-        assert generated(route(pair, tmp_path), pair.batch(PROMPTS)) == saved.plain
+        assert written(route(pair, tmp_path), pair.batch(PROMPTS)) == saved.plain
 
 
 def test_named_adapters_live_in_subfolders(pair: Pair, saved: Saved, tmp_path: Path) -> None:
@@ -337,26 +322,25 @@ def test_named_adapters_live_in_subfolders(pair: Pair, saved: Saved, tmp_path: P
     torch.manual_seed(1)
     model.add_adapter("other", pair.config(num_thought_tokens=3))
     model.set_adapter("other")
-    layer = model.get_input_embeddings()
-    projection = layer.softcot_projection["other"]
+    projection = projection_of(model, "other")
     other = Oracle(pair.base, pair.assistant, projection.weight.detach(), projection.bias.detach(), 3)
     expected = [other.generate(row, NEW) for row in pair.rows(PROMPTS)]
     assert expected != saved.plain
-    assert generated(model, pair.batch(PROMPTS)) == expected
+    assert written(model, pair.batch(PROMPTS)) == expected
     model.save_pretrained(tmp_path)
     check_projection_alone(tmp_path)
     check_projection_alone(tmp_path / "other")
 
     loaded = PeftModel.from_pretrained(pair.load_base(), tmp_path, subfolder="other").eval()
-    assert generated(loaded, pair.batch(PROMPTS)) == expected
+    assert written(loaded, pair.batch(PROMPTS)) == expected
     base = pair.load_base()
     base.load_adapter(str(tmp_path))
     base.load_adapter(str(tmp_path), adapter_name="other", adapter_kwargs={"subfolder": "other"})
     base.set_adapter("other")
-    assert generated(base, pair.batch(PROMPTS)) == expected
+    assert written(base, pair.batch(PROMPTS)) == expected
     base.set_adapter("default")
-    assert generated(base, pair.batch(PROMPTS)) == saved.plain
-    assert generated(from_auto_model(pair, tmp_path / "other"), pair.batch(PROMPTS)) == expected
+    assert written(base, pair.batch(PROMPTS)) == saved.plain
+    assert written(from_auto_model(pair, tmp_path / "other"), pair.batch(PROMPTS)) == expected
 
 
 def test_saving_what_was_loaded_writes_the_same_adapter(pair: Pair, saved: Saved, tmp_path: Path) -> None:
@@ -386,9 +370,8 @@ def check_projection_alone(folder: Path) -> None:
 
 def test_weights_file_holds_the_projection_alone(saved: Saved) -> None:
     check_projection_alone(saved.folder)
-    layer = saved.model.get_input_embeddings()
     for name, tensor in projection_in(saved.folder).items():
-        assert torch.equal(tensor, layer.softcot_projection["default"].state_dict()[name.split(".")[-1]])
+        assert torch.equal(tensor, projection_of(saved.model).state_dict()[name.split(".")[-1]])
     assert {path.name for path in saved.folder.iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -422,11 +405,11 @@ def test_adapter_config_holds_what_loading_needs(pair: Pair, chat: SavedChat) ->
 
 def test_assistant_is_no_part_of_the_model_or_of_any_file(pair: Pair, tmp_path: Path) -> None:
     model = pair.model()
-    generated(model, pair.batch(PROMPTS))  # loads the assistant
+    written(model, pair.batch(PROMPTS))  # loads the assistant
     model.save_pretrained(tmp_path / "peft")
     base = pair.load_base()
     base.add_adapter(pair.config())
-    generated(base, pair.batch(PROMPTS))
+    written(base, pair.batch(PROMPTS))
     base.save_pretrained(tmp_path / "transformers")
     torch.save(model.state_dict(), tmp_path / "state.pt")
 
@@ -468,7 +451,7 @@ def test_model_card_says_to_import_the_package_and_its_code_runs(pair: Pair, sav
     code = card.split("```python\n")[-1].split("```")[0]
     names: dict[str, nn.Module] = {}
     exec(code.replace("this repository or folder", str(saved.folder)), names)
-    assert generated(names["model"].eval(), pair.batch(PROMPTS)) == saved.plain
+    assert written(names["model"].eval(), pair.batch(PROMPTS)) == saved.plain
 
 
 def test_without_the_import_peft_says_that_it_does_not_know_the_method(pair: Pair, saved: Saved) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pair
+from helpers import assistant_passes, base_passes, generated, never_share_prefill
 from peft import PeftModel
-
-from softcot_peft.generation import Generation
+from tiny_pair import Pair
 
 TEXTS = ["What is two plus two?", "One?"]
 NEW = 5
@@ -20,27 +19,14 @@ NEW = 5
 @contextmanager
 def rows_run(model: PeftModel) -> Iterator[tuple[list[int], list[int]]]:
     """Rows of every pass of the base and of the assistant."""
-    base, assistant = list[int](), list[int]()
-    layer = model.get_base_model().get_input_embeddings()
-    backbone = layer.softcot_reader["default"].assistant.backbone(torch.device("cpu"))
-    handles = [
-        model.get_base_model().model.layers[0].register_forward_pre_hook(lambda m, args: base.append(len(args[0]))),
-        backbone.register_forward_pre_hook(
-            lambda m, args, kwargs: assistant.append(len(kwargs["input_ids"])), with_kwargs=True
-        ),
-    ]
-    try:
+    with base_passes(model) as base, assistant_passes(model) as assistant:
         yield base, assistant
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def sample(model: PeftModel, batch: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
     torch.manual_seed(1)
     with torch.no_grad():
-        found = model.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW, **options)
-    return found[:, batch["input_ids"].shape[1] :].tolist()
+        return generated(model, batch, NEW, min_new_tokens=NEW, **options)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +49,7 @@ def test_copies_are_made_after_the_prefill(
     assert assistant == [2]
     assert base[0] == 2
     assert set(base[1:]) == {2 * copies}
-    monkeypatch.setattr(Generation, "shares", lambda self, inputs, cache: False)
+    never_share_prefill(monkeypatch)
     with rows_run(model) as (base, _):
         assert sample(model, batch, **options) == found
     assert base[0] == 2 * copies

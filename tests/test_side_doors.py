@@ -15,16 +15,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair, next_logits
+from helpers import (
+    CACHE_NAME,
+    backbone_of,
+    generated,
+    given_assistants,
+    loaded_assistants,
+    next_logits,
+    reader_of,
+    wrap_encoding,
+)
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
 
-from softcot_peft import assistant as assistants
 from softcot_peft import use_assistant
-from softcot_peft._compat import CACHE_NAME
-from softcot_peft.reader import PromptReader
 
 N, NEW = 4, 5
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}  # logits around 10, of several hundred roundings
@@ -41,8 +48,7 @@ def oracle(pair: Pair, model: PeftModel) -> Oracle:
 
 
 def new_tokens(model: nn.Module, batch: dict[str, Tensor]) -> list[list[int]]:
-    result = model.generate(**batch, max_new_tokens=NEW, min_new_tokens=NEW)
-    return result[:, batch["input_ids"].shape[1] :].tolist()
+    return generated(model, batch, NEW, min_new_tokens=NEW)
 
 
 def check_against(oracle: Oracle, model: nn.Module, pair: Pair, texts: list[str] = QUESTIONS) -> None:
@@ -469,23 +475,25 @@ def test_threads_can_share_a_model(pair: Pair, monkeypatch: pytest.MonkeyPatch, 
     texts = [*QUESTIONS, "[BOS] two [EOS] legs?"]  # the last one takes the way of prompts that spell special tokens
     batches = [pair.batch([text]) for text in texts]
     expected = [new_tokens(model, batch) for batch in batches]
-    assistants._loaded.clear()
+    loaded_assistants().clear()
     fresh = pair.model(**changes)  # its assistant is loaded by the first thread to need it
     fresh.load_state_dict(model.state_dict())
     found: dict[int, list[Any]] = {}
     start, inside, most = threading.Barrier(len(batches)), [], []
-    encode = PromptReader._encode
 
-    def watch(*args: Any) -> Any:
-        inside.append(1)
-        time.sleep(0.005)  # time for another thread to come in, were it let
-        most.append(len(inside))
-        result = encode(*args)
-        inside.pop()
-        return result
+    def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(*args: Any) -> Any:
+            inside.append(1)
+            time.sleep(0.005)  # time for another thread to come in, were it let
+            most.append(len(inside))
+            result = encode(*args)
+            inside.pop()
+            return result
+
+        return watch
 
     # Options of a tokenizer (whether it splits special tokens) are set in it while it encodes.
-    monkeypatch.setattr(PromptReader, "_encode", watch)
+    wrap_encoding(monkeypatch, watched)
 
     def answer(index: int) -> None:
         start.wait()
@@ -525,10 +533,8 @@ def test_a_pickled_model_answers_the_same(
 def test_a_pickled_model_holds_no_copy_of_the_assistant(pair: Pair, model: PeftModel) -> None:
     next_logits(model, pair.batch(QUESTIONS))  # the assistant is loaded
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    reader = model.get_input_embeddings().softcot_reader["default"]
-    tokenizer = len(pickle.dumps(reader.base_tokenizer))
-    held = reader.assistant.backbone(torch.device("cpu"))
-    assert len(pickle.dumps(held)) > 30_000
+    tokenizer = len(pickle.dumps(reader_of(model).base_tokenizer))
+    assert len(pickle.dumps(backbone_of(model))) > 30_000
     assert len(pickle.dumps(model)) - weights - tokenizer < 30_000
 
 
@@ -540,7 +546,7 @@ def test_a_pickled_model_asks_for_the_assistant_it_was_given(
     given = pair.model(assistant_model_name_or_path=name)
     pickled = pickle.dumps(given)
     assert new_tokens(pickle.loads(pickled), pair.batch(QUESTIONS)) == new_tokens(given, pair.batch(QUESTIONS))
-    monkeypatch.delitem(assistants._given, name)
+    monkeypatch.delitem(given_assistants(), name)
     with pytest.raises(ValueError, match=r"'given' of a pickled model .* must be given again"):
         pickle.loads(pickled)
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import IGNORED, assistant_passes, backbone_of, collate, in_training, labelled, losses, responses_of, same
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     EvalPrediction,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -28,9 +27,6 @@ from transformers import (
 from softcot_peft import with_thought_tokens
 
 N = 4
-IGNORED = -100
-ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
-RUN = {"thought_token": "<thought>", "placement": "thought_token"}
 
 Example = dict[str, list[int]]
 Batch = dict[str, Tensor]
@@ -38,35 +34,12 @@ Batch = dict[str, Tensor]
 
 def texts(pair: Pair) -> list[tuple[list[int], list[int]]]:
     """Prompts and responses as ids."""
-    answers = [answer + "<eos>" for answer in ANSWERS]
-    return list(zip(pair.rows(QUESTIONS), pair.rows(answers), strict=True))
+    return list(zip(pair.rows(QUESTIONS), responses_of(pair, ANSWERS), strict=True))
 
 
 def examples(pair: Pair, middle: list[int] | None = None) -> list[Example]:
     """Labelled texts; `middle` stands between prompt and response."""
-    rows = [(prompt + (middle or []), response) for prompt, response in texts(pair)]
-    return [
-        {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response} for prompt, response in rows
-    ]
-
-
-def collator(side: str = "right") -> Callable[[list[Example]], Batch]:
-    """Pads ids, mask and labels on a side."""
-
-    def pad(rows: list[list[int]], value: int) -> Tensor:
-        longest = max(map(len, rows))
-        fill = [[value] * (longest - len(row)) for row in rows]
-        return torch.tensor([a + b if side == "left" else b + a for a, b in zip(fill, rows, strict=True)])
-
-    def collate(features: list[Example]) -> Batch:
-        ids = [feature["input_ids"] for feature in features]
-        return {
-            "input_ids": pad(ids, 0),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "labels": pad([feature["labels"] for feature in features], IGNORED),
-        }
-
-    return collate
+    return labelled(pair.rows(QUESTIONS), responses_of(pair, ANSWERS), middle or [])
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -97,37 +70,13 @@ def trainer(model: nn.Module, pair: Pair, folder: Path, side: str = "right", **c
         args=arguments(folder, **changes),
         train_dataset=data,
         eval_dataset=data,
-        data_collator=collator(side),
+        data_collator=partial(collate, side=side),
         **own,
     )
 
 
-def backbone(model: nn.Module) -> PreTrainedModel:
-    """The frozen assistant of the default adapter."""
-    embedding = model.get_input_embeddings()
-    return embedding.softcot_reader["default"].assistant.backbone(torch.device("cpu"))
-
-
-@contextmanager
-def counted(model: nn.Module) -> Iterator[list[bool]]:
-    """Collects, for every forward pass of the assistant, whether it was in training mode or tracked gradients."""
-    passes: list[bool] = []
-    hook = backbone(model).register_forward_hook(
-        lambda module, args, output: passes.append(
-            module.training or any(part.training for part in module.modules()) or output[0].requires_grad
-        )
-    )
-    yield passes
-    hook.remove()
-
-
 def projection(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "softcot_" in name}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether two state dicts are bit-identical."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def check_frozen(model: nn.Module, pair: Pair) -> None:
@@ -139,7 +88,7 @@ def check_frozen(model: nn.Module, pair: Pair) -> None:
         if "softcot_" not in name
     }
     assert same(found, base)
-    assistant = backbone(model)
+    assistant = backbone_of(model)
     stored = load_file(pair.assistant / "model.safetensors")
     stored.pop("lm_head.weight")
     assert same({f"model.{name}": tensor for name, tensor in assistant.state_dict().items()}, stored)
@@ -159,10 +108,6 @@ def oracle_loss(oracle: Oracle, pair: Pair, after: list[int] | None = None) -> T
     return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
 
-def losses(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
 # One batch
 
 
@@ -170,7 +115,7 @@ def losses(run: Trainer) -> list[float]:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_of_a_batch_is_the_oracles(side: str, mode: str, pair: Pair) -> None:
     model = pair.model().train(mode == "train")
-    loss = model(**collator(side)(examples(pair))).loss
+    loss = model(**collate(examples(pair), side)).loss
     expected = oracle_loss(Oracle.of(model, pair.base, pair.assistant, N), pair)
     torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
 
@@ -179,7 +124,7 @@ def test_loss_of_a_batch_is_the_oracles(side: str, mode: str, pair: Pair) -> Non
 def test_loss_of_a_batch_with_learned_positions_is_the_oracles(side: str, pair: Pair) -> None:
     base = AutoModelForCausalLM.from_pretrained(pair.twin)  # GPT-2, to which padding shifts what stands where
     model = get_peft_model(base, pair.config()).eval()
-    loss = model(**collator(side)(examples(pair))).loss
+    loss = model(**collate(examples(pair), side)).loss
     expected = oracle_loss(Oracle.of(model, pair.twin, pair.assistant, N), pair)
     torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
 
@@ -188,14 +133,14 @@ def test_loss_of_a_batch_with_learned_positions_is_the_oracles(side: str, pair: 
 def test_loss_of_a_batch_with_the_run_in_the_prompt_is_the_oracles(side: str, pair: Pair) -> None:
     model = pair.model(**RUN).train()
     middle = pair.rows(["<thought>" * N + "<|assistant|>"])[0]
-    loss = model(**collator(side)(examples(pair, middle))).loss
+    loss = model(**collate(examples(pair, middle), side)).loss
     expected = oracle_loss(Oracle.of(model, pair.base, pair.assistant, N), pair, after=middle[N:])
     torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
 
 
 def test_gradient_of_the_projection_is_the_oracles(pair: Pair) -> None:
     model = pair.model().train()
-    model(**collator("left")(examples(pair))).loss.backward()
+    model(**collate(examples(pair), "left")).loss.backward()
     oracle = Oracle.of(model, pair.base, pair.assistant, N)
     oracle.weight.requires_grad_()
     oracle.bias.requires_grad_()
@@ -215,7 +160,7 @@ def test_training_lowers_the_loss_and_moves_the_projection_alone(side: str, pair
     before = projection(model)
     first = oracle_loss(Oracle.of(model, pair.base, pair.assistant, N), pair)
     run = trainer(model, pair, tmp_path, side, max_steps=20, learning_rate=6e-2)
-    with counted(model) as passes:
+    with assistant_passes(model, in_training) as passes:
         run.train()
         assert model.training
     assert passes == [False] * 20
@@ -258,7 +203,7 @@ def test_gradient_accumulation_equals_the_larger_batch(pair: Pair, tmp_path: Pat
         gradient_accumulation_steps=4,
         **plain,
     )
-    with counted(parts) as passes:
+    with assistant_passes(parts, in_training) as passes:
         run.train()
     assert len(passes) == 12  # one per forward pass
     moved = projection(whole)
@@ -285,7 +230,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, pair: Pair,
     attention = saving.get_base_model().model.layers[0].self_attn
     attention.register_forward_pre_hook(lambda module, args: attention_passes.append(1))
     warns = pytest.warns(UserWarning, match="Gradient checkpointing turns two-pass training off")
-    with counted(saving) as passes, warns:
+    with assistant_passes(saving, in_training) as passes, warns:
         run.train()
     assert len(attention_passes) == 2 * 3  # the base's layers are computed again,
     assert passes == [False] * 3  # the assistant is not
@@ -305,11 +250,11 @@ def test_compute_metrics_sees_the_users_tokens(pair: Pair, tmp_path: Path) -> No
     run = trainer(
         model, pair, tmp_path, compute_metrics=compute_metrics, eval_strategy="steps", eval_steps=2, max_steps=4
     )
-    with counted(model) as passes:
+    with assistant_passes(model, in_training) as passes:
         run.train()
     assert len(passes) == 4 + 2  # training steps and evaluation batches
     assert [entry["eval_count"] for entry in run.state.log_history if "eval_count" in entry] == [1.0, 2.0]
-    batch = collator()(examples(pair))
+    batch = collate(examples(pair))
     vocabulary = model.config.vocab_size
     assert seen[-1].predictions.shape == (*batch["input_ids"].shape, vocabulary)
     assert (seen[-1].label_ids == batch["labels"].numpy()).all()
@@ -368,7 +313,7 @@ def test_resumed_training_ends_on_the_same_bits(pair: Pair, tmp_path: Path) -> N
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     assert not same(without_adapter_name(projection(resumed)), saved_projection(checkpoint))
     run = trainer(resumed, pair, tmp_path / "resumed", **settings)
-    with counted(resumed) as passes:
+    with assistant_passes(resumed, in_training) as passes:
         run.train(resume_from_checkpoint=str(checkpoint))
     assert len(passes) == 3
     assert same(projection(resumed), projection(whole))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, Pair
+from helpers import IGNORED, assistant_passes, in_training, losses, responses_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
 from torch import Tensor
 from transformers import EvalPrediction, pipeline
 
@@ -28,9 +29,6 @@ pytestmark = [
 ]
 
 N = 4
-IGNORED = -100
-ANSWERS = [" Twelve.", " They have twenty eight legs.", " One hundred and twenty miles.", " Five."]
-RUN = {"thought_token": "<thought>", "placement": "thought_token"}
 
 Rows = list[tuple[list[int], list[int], list[int]]]  # ids before and after the thoughts, and the response
 
@@ -55,7 +53,7 @@ def chat_data() -> Any:
 
 def plain_rows(pair: Pair) -> Rows:
     """What TRL makes of the plain data: the completion ends with EOS."""
-    responses = pair.rows([answer + "<eos>" for answer in ANSWERS])
+    responses = responses_of(pair, ANSWERS)
     return [(prompt, [], response) for prompt, response in zip(pair.rows(QUESTIONS), responses, strict=True)]
 
 
@@ -107,10 +105,6 @@ def oracle_loss(oracle: Oracle, rows: Rows) -> float:
     predicted = oracle_rows(oracle, rows)
     picked = [row[range(len(r)), r] for row, (_, _, r) in zip(predicted, rows, strict=True)]
     return -float(torch.cat(picked).mean())
-
-
-def losses(run: Any) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -189,12 +183,8 @@ def test_sft_runs_the_assistant_once_per_forward_pass(pair: Pair, tmp_path: Path
     run = sft(
         pair, tmp_path, pair.config(), plain_data(), gradient_accumulation_steps=2, per_device_train_batch_size=2
     )
-    reader = run.model.get_input_embeddings().softcot_reader["default"]
-    passes: list[bool] = []
-    backbone = reader.assistant.backbone(torch.device("cpu"))
-    hook = backbone.register_forward_hook(lambda module, args, output: passes.append(module.training))
-    run.train()
-    hook.remove()
+    with assistant_passes(run.model, in_training) as passes:
+        run.train()
     assert passes == [False] * 4
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from conformance.families import build
-from conformance.holding import attach, labelled, make_judge
+from conformance.holding import attach, make_judge
 from conformance.holding import make_assistant as make_family_assistant
-from conftest import Pair, make_base
+from conformance.holding import make_batch as judged_batch
+from helpers import CACHE_NAME, collate, gradients, labelled, rotary_switch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_pair import Pair, make_base
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from softcot_peft._compat import CACHE_NAME, rotary_switch
 
 TEXTS = [
     ("What is two plus two?", " four, it is"),
@@ -39,26 +39,7 @@ def make_batch(
     """Prompts and labelled responses; with a run, thought tokens and a mark stand between the two."""
     between = pair.tokenizer(THOUGHT * N + "A:")["input_ids"] if run else []
     parts = [[pair.tokenizer(text)["input_ids"] for text in TEXTS[row]] for row in rows]
-    pairs = [(prompt + between, response) for prompt, response in parts]
-    length = max(len(prompt + response) for prompt, response in pairs)
-
-    def pad(values: list[int], fill: int) -> list[int]:
-        padding = [fill] * (length - len(values))
-        return padding + values if side == "left" else values + padding
-
-    return {
-        "input_ids": torch.tensor([pad(prompt + response, 0) for prompt, response in pairs]),
-        "attention_mask": torch.tensor([pad([1] * len(prompt + response), 0) for prompt, response in pairs]),
-        "labels": torch.tensor([pad([-100] * len(prompt) + response, -100) for prompt, response in pairs]),
-    }
-
-
-def gradients(model: PeftModel, batch: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Outputs and gradients of a step."""
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    return output, [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return collate(labelled(*zip(*parts, strict=True), between), side)
 
 
 def check_same(model: PeftModel, batch: dict[str, Tensor], two: bool = True, atol: float = 1e-6) -> None:
@@ -191,9 +172,9 @@ def test_a_base_that_does_more_with_its_logits_calls_its_own_head(model_type: st
     model = attach(base)
     judge = make_judge(model, plain, assistant)
     base.training = True
-    assert model(**labelled([0, 1], judge)).logits is None
+    assert model(**judged_batch([0, 1], judge)).logits is None
     with head_rows(model) as seen:
-        model(**labelled([0, 1], judge))
+        model(**judged_batch([0, 1], judge))
     assert seen[0][1] == 0
     assert seen[1][1] > 0
 
@@ -448,5 +429,5 @@ def test_families_that_cannot_go_on_from_padded_or_cached_prompts_are_found_out(
     judge = make_judge(model, plain, assistant)
     base.training = True
     for rows, divided in zip(([0], [0, 1]), two, strict=True):
-        assert (model(**labelled(rows, judge)).logits is None) == divided
+        assert (model(**judged_batch(rows, judge)).logits is None) == divided
     assert ("run in one pass" in caplog.text) == (two != (True, True))

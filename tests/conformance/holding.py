@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import PROJECTION, gradients
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -88,7 +89,7 @@ def write(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
     return out[:, ids.shape[1] :].tolist()
 
 
-def labelled(rows: list[int], judge: Judge) -> dict[str, Any]:
+def make_batch(rows: list[int], judge: Judge) -> dict[str, Any]:
     """Prompts and responses of some rows, padded on the right, with labels on the responses."""
     ids, mask = padded([PROMPTS[row] + RESPONSES[row] for row in rows], "right")
     labels = ids.masked_fill(mask == 0, IGNORED)
@@ -112,7 +113,7 @@ def check_loss(model: PeftModel, judge: Judge) -> list[str]:
     remarks = []
     for rows in ([0], [1], [0, 1]):
         prompts, responses = [PROMPTS[row] for row in rows], [RESPONSES[row] for row in rows]
-        batch, tokens = labelled(rows, judge), sum(map(len, responses))
+        batch, tokens = make_batch(rows, judge), sum(map(len, responses))
         output, own = model(**batch, output_hidden_states=True), judge.own_loss(prompts, responses)
         length = batch["input_ids"].shape[1]
         assert output.logits.shape[:2] == (len(rows), length)
@@ -134,7 +135,7 @@ def check_step(model: PeftModel, judge: Judge, loss: Tensor) -> None:
     parameters = dict(model.named_parameters())
     trained = {name: value for name, value in parameters.items() if value.requires_grad}
     assert {name.rsplit(".", 1)[-1] for name in trained} == {"weight", "bias"}
-    assert all("softcot_projection" in name for name in trained)
+    assert all(PROJECTION in name for name in trained)
     before = {name: value.detach().clone() for name, value in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=0.01)
     loss.backward()
@@ -152,7 +153,7 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
         judge.own_loss(PROMPTS[:1], RESPONSES[:1])
     except ValueError:  # the plain base has no loss for text; the next token's has to do
         with pytest.raises(ValueError, match="batch_size"):
-            model(**labelled([0], judge))
+            model(**make_batch([0], judge))
         model.train()
         logits = model(input_ids=torch.tensor(PROMPTS[:1]), logits_to_keep=1).logits[0, -1]
         check_step(model, judge, -logits.log_softmax(0)[RESPONSES[0][0]])
@@ -160,7 +161,7 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
         return [NO_LOSS]
     remarks = check_loss(model, judge)
     model.train()
-    check_step(model, judge, model(**labelled([0], judge)).loss)
+    check_step(model, judge, model(**make_batch([0], judge)).loss)
     model.eval()
     divided = check_two_passes(model, judge)
     assert divided == divides_in_bfloat16(judge)
@@ -173,16 +174,12 @@ def check_two_passes(model: PeftModel, judge: Judge) -> bool:
     base.training = True  # without the dropout of its layers
     divided = False
     for rows in ([0], [1], [0, 1]):
-        batch, found = labelled(rows, judge), []
+        batch, found = make_batch(rows, judge), []
         for config.two_pass_training in (True, False):
-            model.zero_grad()
-            output = model(**batch)
-            output.loss.backward()
-            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-            found.append((output, gradients))
-        (two, gradients), (one, expected) = found
+            found.append(gradients(model, batch))
+        (two, own), (one, expected) = found
         torch.testing.assert_close(two.loss, one.loss, atol=1e-6, rtol=1e-6)
-        for gradient, other in zip(gradients, expected, strict=True):
+        for gradient, other in zip(own, expected, strict=True):
             assert (gradient - other).abs().max() <= 5e-6 * max(1, float(other.abs().max()))
         divided = divided or two.logits is None
     base.training = False
@@ -195,7 +192,7 @@ def divides_in_bfloat16(judge: Judge) -> bool:
     base = copy.deepcopy(judge.base).bfloat16()
     model = attach(base)
     base.training = True
-    return any(model(**labelled(rows, judge)).logits is None for rows in ([0], [1], [0, 1]))
+    return any(model(**make_batch(rows, judge)).logits is None for rows in ([0], [1], [0, 1]))
 
 
 def check_generation(model: PeftModel, judge: Judge) -> tuple[list[list[int]], list[str]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pair
 from engines import ENGINES, Runs, check_same
+from tiny_pair import Pair
 
 needs_two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="NCCL needs a CUDA device for each of the two processes"

@@ -31,7 +31,7 @@ from .families import (
     tiny_config,
     traits,
 )
-from .holding import attach, check_family, labelled, make_judge
+from .holding import attach, check_family, make_batch, make_judge
 from .table import Row
 
 Report = Callable[[Row], None]
@@ -72,7 +72,7 @@ def test_a_type_that_cannot_carry_thoughts_says_so(
     base, plain = build(model_type), build(model_type)
     found = traits(base, model_type)
     model = attach(base)
-    batch = labelled([0], make_judge(model, plain, conformance_assistant))
+    batch = make_batch([0], make_judge(model, plain, conformance_assistant))
     with pytest.raises(RuntimeError, match=UNCARRIED[model_type]) as error:
         model(**batch)
     with pytest.raises(RuntimeError, match=UNCARRIED[model_type]):

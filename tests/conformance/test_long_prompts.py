@@ -7,16 +7,9 @@ import itertools
 import pytest
 from peak import RUNS, make_base_alone, make_batch, make_model
 
-import softcot_peft.assistant
 from benchmarks.memory import peak_bytes
 
-pytestmark = pytest.mark.timeout(3600)
-
-
-@pytest.fixture(autouse=True)
-def _no_given_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names given in one test are unknown in the next."""
-    monkeypatch.setattr(softcot_peft.assistant, "_given", {})
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.usefixtures("nothing_given")]
 
 
 @pytest.mark.parametrize("run", ["forward", "generate", "train"])

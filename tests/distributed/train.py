@@ -19,23 +19,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
+from helpers import collate, is_whole, losses
 from peft import get_peft_model
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from softcot_peft import SoftCoTConfig
-from softcot_peft._compat import is_whole
-
-FILLS = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad ids, mask and labels on the right."""
-    rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    return {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
-        for name, fill in FILLS.items()
-    }
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -126,7 +114,7 @@ def main() -> None:
     if accelerator.is_main_process:
         logs = [log for log in trainer.state.log_history if "loss" in log]
         result = {
-            "losses": [log["loss"] for log in logs],
+            "losses": losses(trainer),
             "norms": [log["grad_norm"] for log in logs],
             "engine": str(accelerator.distributed_type),
             "processes": accelerator.num_processes,
