@@ -21,7 +21,7 @@ from torch.utils.benchmark import timer
 from transformers import DynamicCache
 
 from softcot_peft import compute_thoughts, use_thoughts
-from softcot_peft._compat import CACHE_NAME
+from softcot_peft.compat.caches import CACHE_NAME
 
 from .models import IGNORED, Batch, M, Pair, attach, projection_of, twin
 

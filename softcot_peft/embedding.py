@@ -26,7 +26,7 @@ class Writing:
     """
 
     layer: SoftCoTLayer  # the layer that writes
-    states: Tensor  # the source's states at the thought positions, `(B, K, N, ...)`
+    states: Tensor  # the source's states at the thought positions, `(B, K, N, H_source)`
     # Column of the first thought within this pass, `(B * K,)`; negative when earlier columns were passed before.
     start: Tensor
     shape: torch.Size  # `(B * K, L)` of the ids that carry them; ids of another shape are looked up as they are
@@ -118,7 +118,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.softcot_source]
 
     def soft_thoughts(self, states: Tensor) -> Tensor:
-        """Project states `(B, K, N, ...)` with the active adapter's source to soft thoughts `(B, K, N, H_base)`."""
+        """Project states `(B, K, N, H_source)` of the active adapter to soft thoughts `(B, K, N, H_base)`."""
         (name,) = self._active_names()
         source = self.source(name)
         if name in self.fresh and source.config.inference_mode:

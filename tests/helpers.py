@@ -22,24 +22,22 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer
 
-from softcot_peft import assistant as _assistant_module
-from softcot_peft import reader as _reader_module
-from softcot_peft._compat import (
-    CACHE_NAME,
-    cache_length,
-    find_cache,
-    is_whole,
-    loaded_whole,
-    rotary_switch,
-    tokenizer_state,
-)
-from softcot_peft.assistant import Assistant, find_assistant
-from softcot_peft.backbone import evaluating
-from softcot_peft.columns import insert, insert_positions, restore, restore_keys, take
-from softcot_peft.generation import Generation
-from softcot_peft.lookup import prompt_keys
-from softcot_peft.placement import Placement, align_left, locate, positions, prompts, trailing
-from softcot_peft.reader import PromptReader
+from softcot_peft.compat.caches import CACHE_NAME, cache_length, find_cache
+from softcot_peft.compat.engines import is_whole, loaded_whole
+from softcot_peft.compat.eval_mode import evaluating
+from softcot_peft.compat.models import rotary_switch
+from softcot_peft.compat.releases import tokenizer_state
+from softcot_peft.passes.generation import Generation
+from softcot_peft.precompute.lookup import prompt_keys
+from softcot_peft.rows.columns import insert, insert_positions, restore, restore_keys, take
+from softcot_peft.rows.locate import locate
+from softcot_peft.rows.placement import Placement, align_left, positions, prompts, trailing
+from softcot_peft.sources import ThoughtSource
+from softcot_peft.sources import find_assistant as _finding
+from softcot_peft.sources import tokenizers as _tokenizers
+from softcot_peft.sources.find_assistant import find_assistant
+from softcot_peft.sources.frozen_lm import FrozenLM as Assistant
+from softcot_peft.sources.prompt_reader import PromptReader
 
 if TYPE_CHECKING:
     import pytest
@@ -73,12 +71,18 @@ __all__ = [  # private names that tests use under these names
 
 # Where the package's objects are
 
-PROJECTION = "softcot_projection"  # what the trained modules are called within the wrapped embedding, and in files
+PROJECTION = "softcot_projection"  # what the projection is called in files
+SOURCE = "softcot_source"  # what the thought sources are called within the wrapped embedding
+
+
+def key_of(part: str, adapter: str = "default") -> str:
+    """The name of a projection's weight or bias within the wrapped embedding."""
+    return f"{SOURCE}.{adapter}.projection.{part}"
 
 
 def softcot_layer(model: nn.Module) -> Any:
     """The wrapped embedding of a base or of a PeftModel."""
-    return next(module for module in model.modules() if hasattr(module, "softcot_reader"))
+    return next(module for module in model.modules() if hasattr(module, "softcot_source"))
 
 
 def hooks_of(model: nn.Module) -> Any:
@@ -86,19 +90,29 @@ def hooks_of(model: nn.Module) -> Any:
     return next(module.softcot_hooks for module in model.modules() if "softcot_hooks" in vars(module))
 
 
+def sources_of(model: nn.Module) -> nn.ModuleDict:
+    """The thought source of every adapter, by name."""
+    return softcot_layer(model).softcot_source
+
+
+def source_of(model: nn.Module, adapter: str | None = "default") -> ThoughtSource:
+    """The thought source of an adapter; `None` for the active one."""
+    return softcot_layer(model).active_source() if adapter is None else sources_of(model)[adapter]
+
+
 def readers_of(model: nn.Module) -> dict[str, PromptReader]:
-    """The reader of every adapter, by name."""
-    return softcot_layer(model).softcot_reader
-
-
-def projections_of(model: nn.Module) -> nn.ModuleDict:
-    """The trained module of every adapter, by name."""
-    return softcot_layer(model).softcot_projection
+    """What makes the assistant's input for every adapter, by name."""
+    return {name: source.reader for name, source in sources_of(model).items()}
 
 
 def reader_of(model: nn.Module, adapter: str | None = "default") -> PromptReader:
-    """The reader of an adapter; `None` for the active one."""
-    return softcot_layer(model).active_reader() if adapter is None else readers_of(model)[adapter]
+    """What makes the assistant's input for an adapter; `None` for the active one."""
+    return source_of(model, adapter).reader
+
+
+def projections_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The projection of every adapter, by name."""
+    return {name: source.projection for name, source in sources_of(model).items()}
 
 
 def projection_of(model: nn.Module, adapter: str = "default") -> Any:
@@ -118,15 +132,15 @@ def backbone_of(model: nn.Module, adapter: str | None = "default") -> PreTrained
 
 def head_is_last(model: nn.Module) -> bool | None:
     """Whether a trial found that the loss can be computed where the head would run."""
-    return hooks_of(model).two_passes._head_is_last
+    return hooks_of(model).trial.head_is_last
 
 
 @torch.no_grad()
 def soft_thoughts(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The soft thoughts of a batch, `(B, N, H_base)`, by the active adapter."""
-    thinker, reader = hooks_of(model).thinker, reader_of(model, None)
-    states = thinker.think(batch["input_ids"], thinker.locate(batch, reader), reader)
-    return softcot_layer(model).soft_thoughts(states)
+    host, source = hooks_of(model).host, source_of(model, None)
+    states = host.read(batch["input_ids"], host.locate(batch, source), source)
+    return softcot_layer(model).soft_thoughts(states).flatten(0, 1)
 
 
 # What the package remembers between models
@@ -134,23 +148,23 @@ def soft_thoughts(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def given_assistants() -> dict[str, Any]:
     """What `use_assistant` was given, by name."""
-    return _assistant_module._given
+    return _finding._preloaded
 
 
 def given_tokenizers() -> dict[str, Any]:
     """What `use_tokenizer` was given, by name."""
-    return _reader_module._tokenizers
+    return _tokenizers._tokenizers
 
 
 def loaded_assistants() -> Any:
     """The assistants that adapters share."""
-    return _assistant_module._loaded
+    return _finding._loaded
 
 
 def forget_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, no assistant and no tokenizer has been given; the fixture `nothing_given` calls this."""
-    monkeypatch.setattr(_assistant_module, "_given", {})
-    monkeypatch.setattr(_reader_module, "_tokenizers", {})
+    monkeypatch.setattr(_finding, "_preloaded", {})
+    monkeypatch.setattr(_tokenizers, "_tokenizers", {})
 
 
 # What an assistant holds
@@ -205,7 +219,7 @@ def never_share_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def limit_parameters(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """The config of an assistant may ask for that many tensors."""
-    monkeypatch.setattr("softcot_peft.untrusted._MOST_PARAMETERS", most)
+    monkeypatch.setattr("softcot_peft.checkpoint.untrusted._MOST_PARAMETERS", most)
 
 
 # What the assistant does

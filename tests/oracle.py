@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import PROJECTION
+from helpers import key_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
@@ -51,8 +51,8 @@ class Oracle:
     ) -> Oracle:
         """The oracle of an attached adapter: its projection's values, everything else anew."""
         state = model.state_dict()
-        weight = next(v for k, v in state.items() if k.endswith(f"{PROJECTION}.default.weight"))
-        bias = next(v for k, v in state.items() if k.endswith(f"{PROJECTION}.default.bias"))
+        weight = next(v for k, v in state.items() if k.endswith(key_of("weight")))
+        bias = next(v for k, v in state.items() if k.endswith(key_of("bias")))
         return cls(base_folder, assistant_folder, weight.clone(), bias.clone(), num, same_ids)
 
     def assistant_ids(self, prompt: list[int]) -> list[int]:

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    PROJECTION,
     Assistant,
     assistant_of,
     backbone_for,
     backbone_of,
     evaluating,
     generated,
+    key_of,
     last_labels,
     users_of,
     watch_loading,
@@ -320,7 +320,7 @@ def test_nothing_of_the_assistant_is_part_of_the_base(pair: Pair) -> None:
 
     own = {name for name in base.state_dict() if "softcot" in name}
     assert {name.replace("base_layer.", "") for name in base.state_dict()} - own == names
-    assert own == {f"model.embed_tokens.{PROJECTION}.default.{part}" for part in ("weight", "bias")}
+    assert own == {f"model.embed_tokens.{key_of(part)}" for part in ("weight", "bias")}
     trained = [parameter for parameter in model.parameters() if id(parameter) not in parameters]
     assert [tuple(parameter.shape) for parameter in trained] == [(32, 24), (32,)]
     assert {type(module).__name__ for module in base.modules() if type(module) not in kinds} == {

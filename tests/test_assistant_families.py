@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assistant_families import FAMILIES, make_family
-from helpers import Assistant, assistant_passes, reader_of, rewrite, soft_thoughts
+from helpers import Assistant, assistant_passes, find_assistant, reader_of, rewrite, soft_thoughts
 from oracle import Oracle
 from peft import PeftModel
 from tiny_pair import ASSISTANT_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
@@ -122,7 +122,7 @@ def test_a_given_a_loaded_and_a_reloaded_assistant_write_the_same(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_width_is_known_before_the_weights_are_loaded(folders: Callable[[str], Path], name: str) -> None:
     config = AutoModelForCausalLM.from_pretrained(folders(name)).config
-    assistant = Assistant(str(folders(name)), config)
+    assistant = Assistant(str(folders(name)), config, find_assistant)
     states = assistant.backbone(torch.device("cpu"))(input_ids=torch.tensor([[5, 6]])).last_hidden_state
     assert assistant.hidden_size == states.shape[-1]
 
@@ -209,7 +209,7 @@ def test_the_assistant_s_prompt_begins_with_bos_and_never_ends_in_eos(pair: Pair
 
 def test_a_base_on_the_meta_device_does_not_take_the_assistant_there(folders: Callable[[str], Path]) -> None:
     config = AutoModelForCausalLM.from_pretrained(folders("llama")).config
-    assistant = Assistant(str(folders("llama")), config)
+    assistant = Assistant(str(folders("llama")), config, find_assistant)
     backbone = assistant.backbone(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"must be on a device with values.*got 'meta'\. Load the base's weights"):
         assistant.backbone(torch.device("meta"))

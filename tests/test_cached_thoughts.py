@@ -32,8 +32,8 @@ from helpers import (
     losses,
     process_environment,
     prompt_keys,
-    reader_of,
     responses_of,
+    source_of,
     tokenizer_state,
 )
 from hypothesis import given
@@ -397,7 +397,7 @@ def test_a_stale_data_set_is_refused_by_what_differs(
     model = make_model(pair, **change)
     with pytest.raises(ValueError, match=rf"what they were computed with differs: .*`{field}` was .* and is "):
         use_thoughts(model, thoughts)
-    assert reader_of(model).lookup is None
+    assert source_of(model).precomputed is None
     use_thoughts(model, computed(model, rows))
 
 
@@ -547,7 +547,7 @@ def test_what_is_no_data_set_of_thoughts_is_refused(pair: Pair) -> None:
         use_thoughts(model, thoughts.to_iterable_dataset())
     with pytest.raises(ValueError, match="must hold rows, got none"):
         use_thoughts(model, thoughts.select([]))
-    assert reader_of(model).lookup is None
+    assert source_of(model).precomputed is None
 
 
 def test_wrong_arguments_are_refused(pair: Pair) -> None:
@@ -589,7 +589,7 @@ def test_each_adapter_has_its_own(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     assert len(shapes) == 1
     model.delete_adapter("other")
     model.add_adapter("other", pair.config(num_thought_tokens=3))
-    assert reader_of(model, "other").lookup is None
+    assert source_of(model, "other").precomputed is None
 
 
 def test_a_bare_base_with_an_injected_adapter(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,12 +616,12 @@ def test_copies_share_the_data_set_and_pickles_leave_it(pair: Pair, monkeypatch:
     plain = model(**collate(rows)).loss
     use_thoughts(model, computed(model, rows))
     twin = copy.deepcopy(model)
-    assert reader_of(twin).lookup is reader_of(model).lookup
+    assert source_of(twin).precomputed is source_of(model).precomputed
     use_thoughts(model, None)
     with no_assistant(monkeypatch):
         assert torch.equal(twin(**collate(rows)).loss, plain)
     other = pickle.loads(pickle.dumps(twin))
-    assert reader_of(other).lookup is None
+    assert source_of(other).precomputed is None
     assert torch.equal(other(**collate(rows)).loss, plain)
 
 

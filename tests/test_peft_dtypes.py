@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROJECTION, last_labels, next_logits, projection_of
+from helpers import key_of, last_labels, next_logits, projection_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
@@ -206,7 +206,7 @@ def test_a_quantised_base_trains_and_answers_as_the_oracle_over_it(
         )
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name for name, _ in model.named_parameters()} - frozen == {
-        f"base_model.model.model.embed_tokens.{PROJECTION}.default.{name}" for name in ("weight", "bias")
+        f"base_model.model.model.embed_tokens.{key_of(name)}" for name in ("weight", "bias")
     }
 
     model.eval()

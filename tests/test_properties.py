@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHE_NAME, projection_of, reader_of
+from helpers import CACHE_NAME, projection_of, reader_of, source_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -216,7 +216,7 @@ class World:
 
     @property
     def thought(self) -> int:
-        return self.reader.thought_token_id
+        return source_of(self.model).thought_token_id
 
     @property
     def reader(self) -> Any:

@@ -25,7 +25,7 @@ class Generation:
 
     model: nn.Module  # the base
     placement: Placement  # where the thoughts stand in the prompts, which end in the last column
-    states: Tensor  # what the thoughts of D distinct prompts are made of, `(D, K, N, ...)`
+    states: Tensor  # what the thoughts of D distinct prompts are made of, `(D, K, N, H_source)`
     length: int  # columns of the prompts
     first: Tensor  # the first row of each distinct prompt, `(D,)`
     prompt: Tensor  # which distinct prompt each row has, `(B,)`

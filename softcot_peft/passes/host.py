@@ -103,7 +103,7 @@ class Host:
             afresh: Whether states that were computed before are left aside.
 
         Returns:
-            The states that the source projects, `(B, K, N, ...)`, on the base's device.
+            The states that the source projects, `(B, K, N, H_source)`, on the base's device.
 
         Raises:
             ValueError: The caller's own input does not fit, or an adapter of another method that was attached later

@@ -80,7 +80,7 @@ class InsertingPass(Pass):
         Args:
             inputs: The forward's arguments.
             placement: Where the thoughts stand in the rows.
-            states: What they are made of, `(B, K, N, ...)`.
+            states: What they are made of, `(B, K, N, H_source)`.
             seen: Columns of the rows that earlier passes have read.
         """
         host = self.host

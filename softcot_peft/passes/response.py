@@ -33,7 +33,7 @@ class ResponsePass(Pass):
         host: The base that runs.
         source: The active adapter's.
         rows: The divided rows.
-        states: What the thoughts are made of, `(B, K, N, ...)`.
+        states: What the thoughts are made of, `(B, K, N, H_source)`.
     """
 
     def __init__(self, host: Host, source: ThoughtSource, rows: DividedRows, states: Tensor) -> None:

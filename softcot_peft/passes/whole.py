@@ -32,7 +32,7 @@ class WholeRows(InsertingPass):
         self.insert_whole(inputs, *self.read(inputs))
 
     def read(self, inputs: dict[str, Any]) -> tuple[Placement, Tensor]:
-        """Where the thoughts stand, and the states that they are made of, `(B, K, N, ...)`."""
+        """Where the thoughts stand, and the states that they are made of, `(B, K, N, H_source)`."""
         own = pop_own(inputs)
         check_arguments(inputs, own)
         self.labelled = inputs.get("labels") is not None

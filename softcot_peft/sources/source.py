@@ -54,10 +54,11 @@ class ThoughtSource(nn.Module):
 
             def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
                 total = (prompts.input_ids * prompts.attention_mask).sum(1)
-                return (total[:, None, None] + torch.arange(num_thoughts, device=total.device)) % 64
+                rows = (total[:, None] + torch.arange(num_thoughts, device=total.device)) % 64
+                return rows[:, None, :, None]  # (B, K, N, H_source)
 
             def project(self, states: Tensor) -> Tensor:
-                return self.table(states)
+                return self.table(states[..., 0])
 
         config = SoftCoTConfig(thought_source="table", task_type="CAUSAL_LM")
 
@@ -94,7 +95,7 @@ class ThoughtSource(nn.Module):
             num_thoughts: N.
 
         Returns:
-            States `(B, K, N, ...)`; may carry gradient. Rows do not depend on each other or on padding.
+            States `(B, K, N, H_source)`; may carry gradient. Rows do not depend on each other or on padding.
         """
         raise NotImplementedError
 
@@ -131,7 +132,7 @@ class ThoughtSource(nn.Module):
         return known.view(len(known), self.num_chains, num_thoughts, -1).to(prompts.device)
 
     def project(self, states: Tensor) -> Tensor:
-        """Turn states `(B, K, N, ...)` into soft thoughts `(B, K, N, H_base)`, of any dtype, on any device."""
+        """Turn states `(B, K, N, H_source)` into soft thoughts `(B, K, N, H_base)`, of any dtype, on any device."""
         raise NotImplementedError
 
     def auxiliary_loss(self, thoughts: Tensor) -> Tensor | None:
