@@ -1,0 +1,81 @@
+"""What the documents say can be run and found: code blocks, commands, links and the tests that tables name."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from batches import collate
+from project_files import ROOT
+from tiny_pair import QUESTIONS, Pair
+from transformers import TrainingArguments
+
+datasets = pytest.importorskip("datasets")
+
+FOLDERS = (".", "docs", "evaluation", "tests")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.usefixtures("nothing_given")
+def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_path: Path) -> None:
+    """The blocks in their order, with the pair of the tests in the place of the named models; they give one a name."""
+    labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
+    names = {
+        "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
+        "data": labelled,
+        "dataset": datasets.Dataset.from_list(labelled),
+        "conversations": datasets.Dataset.from_dict({"messages": [CONVERSATION]}),
+        "collate": collate,
+        "tokenizer": pair.tokenizer,
+        "my_model": pair.load_base(),
+        "my_tokenizer": pair.tokenizer,
+    }
+    replacements = {
+        "Qwen/Qwen2.5-7B-Instruct": str(pair.base),
+        "Qwen/Qwen2.5-1.5B-Instruct": str(pair.assistant),
+        "my-adapter": str(tmp_path / "my-adapter"),
+        "<|endoftext|>": "<thought>",
+        "Trainer(model=model, ...)": "Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)",
+        "SoftCoTConfig(...,": f"SoftCoTConfig(assistant_model_name_or_path={str(pair.assistant)!r},",
+        '(assistant_model_name_or_path="my-assistant", ...)': '(assistant_model_name_or_path="my-assistant")',
+    }
+    for block in BLOCKS:
+        for name, ours in replacements.items():
+            block = block.replace(name, ours)
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+    assert names["rows"].num_rows == 2
+    (answer,) = names["pipe"](QUESTIONS[0], max_new_tokens=2)
+    assert answer["generated_text"].startswith(QUESTIONS[0])
+
+
+def test_every_command_of_make_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = {
+        name for page in DOCUMENTS for name in re.findall(r"`?make ([a-z]+)\b(?=`| {2,})", page.read_text("utf-8"))
+    }
+    assert {"test", "quickstart"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_every_link_and_file_that_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    scripts = re.findall(r"`(?:python )?((?:examples|tests|docs|evaluation)/[\w/.-]+\.\w+)", text)
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_every_test_that_is_named_exists() -> None:
+    defined = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for page in DOCUMENTS:
+        named = re.findall(r"\btest_\w+(?:\.py)?", page.read_text(encoding="utf-8"))
+        assert [name for name in named if name not in defined] == [], page.name

@@ -1,0 +1,301 @@
+"""The GSM8K example: prompts, labels, and both scripts from end to end on a file made here."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from project_files import load_example
+from tiny_pair import Pair
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
+
+from softcot_peft import SoftCoTConfig, with_thought_tokens
+
+gsm8k = load_example("train_gsm8k")
+tiny = load_example("make_tiny_pair")
+
+
+def arguments(pair: Pair, *more: str) -> list[str]:
+    models = ["--base", str(pair.base), "--assistant", str(pair.assistant)]
+    return [*models, "--train-file", "train.jsonl", "--eval-file", "test.jsonl", "--output-dir", "out", *more]
+
+
+# Exact match
+
+
+@pytest.mark.parametrize(
+    ("solution", "reference", "correct"),
+    [
+        ("The answer is $1,234.00.", "#### 1234", True),
+        ("#### 72.0", "#### 72", True),
+        ("#### 72", "#### -72", False),
+        ("#### 720", "#### 72", False),
+        ("0.1", "#### .10", True),
+        ("I do not know.", "#### 0", False),
+        ("I do not know.", "Nor do I.", False),
+    ],
+)
+def test_exact_match(solution: str, reference: str, correct: bool) -> None:
+    assert gsm8k.is_correct(solution, reference) is correct
+
+
+# Prompts and labels
+
+ROW = {"question": "How many legs have {seven} dogs?", "answer": "7 * 4 = <<7*4=28>>28 legs.\n#### 28"}
+
+
+def test_chat_prompts_end_in_the_generation_prompt(pair: Pair) -> None:
+    text = pair.tokenizer.decode(gsm8k.encode_prompt(pair.tokenizer, ROW["question"]))
+    assert text.startswith("<|user|>")
+    assert text.endswith(ROW["question"] + "<|end|><|assistant|>")
+
+
+def test_without_a_chat_template_the_prompt_is_plain_text_with_the_tokenizers_bos(pair: Pair) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pair.assistant)
+    assert tokenizer.chat_template is None
+    ids = gsm8k.encode_prompt(tokenizer, ROW["question"])
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    tokenizer.chat_template = None
+    assert tokenizer.decode(gsm8k.encode_prompt(tokenizer, ROW["question"])).endswith("dogs?\n\nSolution:\n")
+
+
+@pytest.mark.parametrize("where", ["user_turn", "generation_prompt"])
+def test_thought_tokens_are_written_in_the_number_asked_for(pair: Pair, where: str) -> None:
+    config = SoftCoTConfig(assistant_model_name_or_path="any", thought_token="<thought>", placement="thought_token")
+    tokenizer = with_thought_tokens(pair.tokenizer, config, where)
+    thought = tokenizer.convert_tokens_to_ids("<thought>")
+    for number in (0, 4, 32):
+        ids = gsm8k.encode_prompt(tokenizer, ROW["question"], number)
+        assert ids.count(thought) == number
+        assert [i for i in ids if i != thought] == gsm8k.encode_prompt(pair.tokenizer, ROW["question"])
+        assert gsm8k.encode_example(tokenizer, ROW, number)["input_ids"][: len(ids)] == ids
+
+
+def test_answer_and_eos_are_labels(pair: Pair) -> None:
+    tokenizer = pair.tokenizer
+    prompt = gsm8k.encode_prompt(tokenizer, ROW["question"])
+    row = gsm8k.encode_example(tokenizer, ROW)
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
+    assert row["labels"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row["labels"][len(prompt) : -1]) == "7 * 4 = 28 legs.\n#### 28"
+    kept = gsm8k.encode_example(tokenizer, ROW, keep_marks=True)["labels"]
+    assert tokenizer.decode(kept[len(prompt) : -1]) == ROW["answer"]
+
+
+def test_eos_is_a_label_even_where_it_is_also_the_padding(pair: Pair) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pair.base, pad_token="<eos>", padding_side="left")
+    rows = [gsm8k.encode_example(tokenizer, row) for row in (ROW, {"question": "?", "answer": "#### 1"})]
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
+    eos = batch["labels"] == tokenizer.eos_token_id
+    assert eos.sum(1).tolist() == [1, 1]
+    assert eos[:, -1].all()
+    assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+
+
+def test_rows_that_are_too_long_are_dropped_and_none_is_cut(pair: Pair, tmp_path: Path) -> None:
+    rows = [ROW, {"question": ROW["question"] * 3, "answer": ROW["answer"]}]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    whole = gsm8k.encode_example(pair.tokenizer, ROW, 32)
+    length = len(whole["input_ids"])
+    more = ("--train-file", str(file), "--max-length")
+    assert gsm8k.training_rows(pair.tokenizer, gsm8k.parse_args(arguments(pair, *more, str(length)))) == [whole]
+    with pytest.raises(ValueError, match=rf"`--max-length` .*{length - 1} drops all 2"):
+        gsm8k.training_rows(pair.tokenizer, gsm8k.parse_args(arguments(pair, *more, str(length - 1))))
+
+
+# Decoding
+
+
+def test_the_bases_own_decoding_options_are_replaced_but_its_stop_tokens_kept(pair: Pair, tmp_path: Path) -> None:
+    base = pair.load_base()
+    base.generation_config = GenerationConfig(eos_token_id=[5], do_sample=True, top_k=20, repetition_penalty=1.1)
+    base.save_pretrained(tmp_path)
+    greedy = gsm8k.load_base(gsm8k.parse_args(arguments(pair, "--base", str(tmp_path))), pair.tokenizer)
+    options = greedy.generation_config
+    assert (options.do_sample, options.max_new_tokens, options.pad_token_id) == (False, 1024, 0)
+    assert options.eos_token_id == [1, 5]
+    assert options.top_k is None
+    assert options.repetition_penalty is None
+    more = ("--temperature", "1", "--max-new-tokens", "7")
+    options = gsm8k.load_base(gsm8k.parse_args(arguments(pair, *more)), pair.tokenizer).generation_config
+    assert (options.do_sample, options.temperature, options.top_p, options.top_k) == (True, 1.0, 1.0, 0)
+    assert options.max_new_tokens == 7
+
+
+def test_solutions_come_back_in_order(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [{"question": "?", "answer": f"#### {number}"} for number in range(7)]
+    monkeypatch.setattr(gsm8k, "solve", lambda model, tokenizer, rows, *others: [row["answer"] for row in rows])
+    args = gsm8k.parse_args(arguments(pair, "--eval-batch-size", "3"))
+    assert gsm8k.evaluate("name", None, None, rows, 4, args) == [row["answer"] for row in rows]
+    assert "Exact match, name: 100.00% (7 of 7)" in capsys.readouterr().out
+
+
+def test_defaults_are_the_papers_recipe(pair: Pair) -> None:
+    args = gsm8k.parse_args(arguments(pair))
+    assert (args.learning_rate, args.epochs, args.batch_size) == (2e-5, 10, 4)
+    assert (args.num_thoughts, args.inference_thoughts, args.max_new_tokens) == (32, 4, 1024)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),
+        ({}, False),
+        (None, False),  # a torch that does not tell
+    ],
+    ids=str,
+)
+def test_bfloat16_is_the_default_on_cpus_with_its_instructions(
+    capabilities: dict[str, bool] | None, fast: bool, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if capabilities is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert gsm8k.parse_args(arguments(pair)).bf16 is fast
+    assert gsm8k.parse_args(arguments(pair, "--bf16")).bf16
+    assert not gsm8k.parse_args(arguments(pair, "--no-bf16")).bf16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_the_default_on_gpus_that_do_not_emulate_it(
+    native: bool, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    assert gsm8k.parse_args(arguments(pair)).bf16 is native
+
+
+# End to end
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty problems."""
+    rng, rows = random.Random(0), []
+    for _ in range(40):
+        many, more = rng.randrange(2, 99), rng.randrange(2, 99)
+        question = (
+            f"Ann has {many} pens and gets {more}" + rng.choice(["", " of them from a friend"]) + ". How many now?"
+        )
+        total = many + more
+        answer = f"Ann has {many}+{more}=<<{many}+{more}={total}>>{total} pens.\n#### {total}"
+        rows.append({"question": question, "answer": answer})
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.main(["--train-file", str(file), "--out", str(folder), "--steps", "12", "--vocab-size", "600"])
+    return folder
+
+
+def command(file: Path, tiny_pair: Path, out: Path, *more: str) -> list[str]:
+    sizes = "--num-thoughts 6 --inference-thoughts 3 --max-eval-samples 6 --eval-batch-size 4 --max-new-tokens 8"
+    return [
+        *("--base", str(tiny_pair / "base"), "--assistant", str(tiny_pair / "assistant")),
+        *("--train-file", str(file), "--eval-file", str(file), "--output-dir", str(out)),
+        *(*sizes.split(), "--no-bf16"),
+        *("--learning-rate", "1e-2", *more),
+    ]
+
+
+def test_the_tiny_pair_has_two_tokenizers(tiny_pair: Path, file: Path) -> None:
+    base, assistant = (AutoTokenizer.from_pretrained(tiny_pair / name) for name in ("base", "assistant"))
+    assert len(base) > len(assistant)
+    assert base.decode(base("Ann has 12 pens.\n")["input_ids"]) == "Ann has 12 pens.\n"
+    assert assistant.decode(assistant("Ann has 12 pens.\n")["input_ids"]) == "Ann has 12 pens.\n"
+    assert base("<thought><eos>")["input_ids"] == base.convert_tokens_to_ids(["<thought>", "<eos>"])
+    assert base.decode(gsm8k.encode_prompt(base, "Why?")).endswith("Why?<end>\n<assistant>\n")
+    assert assistant.unk_token_id is not None
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--no-bf16"])
+def test_training_lowers_the_loss_and_the_saved_adapter_answers_the_same(
+    precision: str, file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    gsm8k.main(command(file, tiny_pair, tmp_path, "--max-steps", "6", precision))
+    printed = capsys.readouterr().out
+    start, end = map(float, re.search(r"rows: ([\d.]+) at the start, ([\d.]+) at the end", printed).groups())
+    assert end < start - 0.05
+    assert "Training rows: 40; dropped, too long: 0" in printed
+    assert re.search(r"Exact match, base: .* of 6\)", printed)
+    assert re.search(r"Exact match, SoftCoT: .* of 6\)", printed)
+    assert "4 of 4 solutions of the first batch are the same" in printed
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "checkpoint-6"} <= saved
+
+    gsm8k.main(command(file, tiny_pair, tmp_path, "--max-steps", "8", "--resume", precision))
+    printed = capsys.readouterr().out
+    again, end = map(float, re.search(r"rows: ([\d.]+) at the start, ([\d.]+) at the end", printed).groups())
+    assert again == start  # before the checkpoint is read
+    steps = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in steps if "loss" in entry] == list(range(1, 9))
+
+    args = gsm8k.parse_args(command(file, tiny_pair, tmp_path, precision))
+    with pytest.raises(RuntimeError, match="does not solve problems as the trained one did"):
+        gsm8k.check_saved(args, AutoTokenizer.from_pretrained(tmp_path), [ROW], ["something else"])
+
+
+def test_cached_thoughts_train_the_same_and_a_resumed_run_finds_them(
+    file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    losses = []
+    for name, more in (("plain", []), ("cached", ["--cache-thoughts"])):
+        more += ["--where", "user_turn", "--thought-token", "<thought>"]
+        gsm8k.main(command(file, tiny_pair, tmp_path / name, "--max-steps", "3", *more))
+        losses.append(re.search(r"rows: ([\d.]+) at the start, ([\d.]+) at the end", capsys.readouterr().out).groups())
+    assert losses[0] == losses[1]
+    (thoughts,) = (tmp_path / "cached" / "thoughts").iterdir()
+    written = thoughts.stat().st_mtime_ns
+    gsm8k.main(command(file, tiny_pair, tmp_path / "cached", "--max-steps", "4", "--resume", *more))
+    assert list(thoughts.parent.iterdir()) == [thoughts]
+    assert thoughts.stat().st_mtime_ns == written
+
+
+def test_thoughts_in_the_user_turn_with_sampling(
+    file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    more = ["--where", "user_turn", "--thought-token", "<thought>", "--temperature", "1"]
+    more += ["--max-steps", "2", "--max-train-samples", "8", "--controls"]
+    gsm8k.main(command(file, tiny_pair, tmp_path, *more))
+    printed = capsys.readouterr().out
+    for control in ("zero vectors", "another question's", "random projection"):
+        assert re.search(rf"Exact match, {control}: .* of 6\)", printed)
+    assert "Training rows: 8" in printed
+    assert "4 of 4 solutions of the first batch are the same" in printed
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    assert "Why?" + "<thought>" * 6 + "<end>" in prompt
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["placement"] == "thought_token"
+
+
+def test_controls_need_another_question_in_every_batch(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave one alone"):
+        gsm8k.main(command(file, tiny_pair, tmp_path, "--controls", "--eval-batch-size", "5"))
+
+
+def test_without_a_thought_token_the_user_turn_is_refused(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs `thought_token`"):
+        gsm8k.main(command(file, tiny_pair, tmp_path, "--where", "user_turn"))
