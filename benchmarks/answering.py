@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from live_rows import LiveRows
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +24,8 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+
+from softcot_peft.live_rows import LiveRows
 
 from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of
 from .rivals import assistant_states
@@ -149,7 +150,7 @@ def evaluate(
         questions: Prompts, and how long their answers are.
         at_once: Rows of a batch.
         device: Where the models are.
-        model: The model in which rows that have ended are not run any more, as `examples/evaluate.py` has it; `None`:
+        model: The model in which finished sequences are dropped from the batch, as in `examples/evaluate.py`; `None`:
             all rows run until the longest answer has ended.
     """
     answers = []

@@ -128,8 +128,8 @@ def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
     yield (
         f"{found['questions']} prompts as long as GSM8K's questions; batches of {found['at_once']}, prompts of like "
         f"length together. Greedy answers as long as GSM8K's, of at most {found['longest']} tokens, or of "
-        f"{found['each']} tokens each, which are as many in all. In batches, rows whose answers have ended are not "
-        "run any more (`examples/live_rows.py`), unless the name says that all are run to the end.\n"
+        f"{found['each']} tokens each, which are as many in all. In batches, finished sequences are dropped "
+        "(`softcot_peft.live_rows`), unless the name says that all are run to the end.\n"
     )
     yield from _times(found["seconds"], "all answers", 1)
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())

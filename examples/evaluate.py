@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from blocks import write_whole
-from controls import CONTROLS
 from harness import Evaluation, Question
 from precision import has_fast_bfloat16
 from results.statistics import share
 from results.store import fingerprint
 from sources import check_source
 from tqdm import tqdm
+
+from softcot_peft.analysis import CONTROLS
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("gsm8k", "asdiv", "asdiv_aug", "aqua", "strategyqa", "date_understanding", "commonsenseqa")
@@ -40,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--adapter", help="Hub id or folder of an adapter, SoftCoT's or another method's; without one, the base alone")
     add("--tasks", default=",".join(TASKS), help="some of %(default)s")
     add("--data-dir", help="folder with the data sets' own files, instead of the Hub")
-    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
+    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see softcot_peft.analysis")
     add("--inference-thoughts", type=int, help="N; without it, what the adapter's config says")
     add("--samples", type=int, default=1, help="answers to each question, which vote")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -91,8 +92,9 @@ def check(args: argparse.Namespace) -> None:
 
 def questions(args: argparse.Namespace, method: str) -> list[Question]:
     """The base; with an adapter also its method; and its controls, which are asked once."""
-    systems = {"base": "no thoughts", method: "soft thoughts"} if args.adapter else {"base": "soft thoughts"}
-    controls = {name: name for name in CONTROLS[2:]} if args.controls else {}
+    systems = {"base": "none", method: "own"} if args.adapter else {"base": "own"}
+    changed = {label: name for name, label in CONTROLS.items() if name not in ("own", "none")}
+    controls = changed if args.controls else {}
     return [
         Question(system, control, task, seed, 1 if system in controls else args.samples)
         for task in args.tasks
@@ -105,8 +107,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """All that a score depends on but for its question."""
     files = [
         *(ROOT / "evaluation").iterdir(),
-        *(ROOT / "examples" / name for name in ("controls.py", "harness.py", "live_rows.py")),
-        *(ROOT / "softcot_peft").glob("*.py"),
+        ROOT / "examples" / "harness.py",
+        *(ROOT / "softcot_peft").rglob("*.py"),
     ]
     if args.adapter and Path(args.adapter).is_dir():
         files += [path for path in Path(args.adapter).iterdir() if path.suffix in (".json", ".safetensors", ".jinja")]

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from controls import average_thoughts, controlled
-from live_rows import LiveRows
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
@@ -31,6 +29,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from softcot_peft import SoftCoTConfig
+from softcot_peft.analysis import mean_thoughts, with_thoughts
+from softcot_peft.live_rows import LiveRows
 
 sys.path.append(str(Path(__file__).parents[1]))  # evaluation/ is no installed package
 from evaluation.answers import answered
@@ -44,7 +44,7 @@ class Question:
     """One score to be found: of a system on a task with a seed."""
 
     system: str
-    control: str  # of `CONTROLS`; what makes the system of the adapted model
+    control: str  # a key of `CONTROLS`: what makes the system of the adapted model
     task: str
     seed: int
     samples: int
@@ -112,7 +112,7 @@ class StopTexts(StoppingCriteria):
 
 
 class Harness(HFLM):
-    """The harness's model, which runs only those rows of a batch whose answers have not ended."""
+    """The harness's model; finished sequences are dropped from its batches."""
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
@@ -181,14 +181,14 @@ class Evaluation:
         """How many questions of a task are asked."""
         return min(len(task.eval_docs), self.args.limit or len(task.eval_docs))
 
-    def average(self, task: ConfigurableTask) -> torch.Tensor:
+    def mean(self, task: ConfigurableTask) -> torch.Tensor:
         """The thoughts averaged over the first questions of a task, `(N, H_base)`."""
         prompts = [task.doc_to_text(doc) for doc in task.eval_docs.select(range(min(64, len(task.eval_docs))))]
         if self.tokenizer.chat_template is not None:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             prompts = [self.harness.apply_chat_template(turn) for turn in turns]
         special = self.tokenizer.chat_template is None  # a chat template writes them itself
-        return average_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
+        return mean_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
 
     def score(self, question: Question, folder: Path) -> dict[str, Any] | None:
         """Find one score; None in all processes but the first.
@@ -199,15 +199,15 @@ class Evaluation:
         """
         args, harness, task = self.args, self.harness, self.task(question.task, question.samples)
         harness.batch_size_per_gpu = args.batch_size
-        if question.control == "another question's":
+        if question.control == "other_question":
             harness.batch_size_per_gpu = batch_size_for(self.asked(task), args.batch_size, harness.world_size)
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         decoding = sampling if args.temperature > 0 else {"do_sample": False}
         # A saved template writes thought tokens for the base, too, unless it is told to write none.
-        harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "no thoughts" else self.number}
-        average = self.average(task) if question.control == "average" else None
+        harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "none" else self.number}
+        mean = self.mean(task) if question.control == "mean" else None
         tracker = EvaluationTracker(output_path=str(folder / "logs"))
-        change = controlled(harness.model, question.control, average, question.seed) if args.adapter else nullcontext()
+        change = with_thoughts(harness.model, question.control, mean, question.seed) if args.adapter else nullcontext()
         with change:
             found = simple_evaluate(
                 model=harness,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from controls import controlled
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors import safe_open
 from small_pair import load_or_make, problems
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from softcot_peft import SoftCoTConfig
+from softcot_peft.analysis import CONTROLS, with_thoughts
 
 HERE = Path(__file__).parent
 Model = PreTrainedModel | PeftModel
@@ -145,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.eval()
     after = answer(model, tokenizer, worded_prompts, "SoftCoT, worded")
     changed = {}
-    for control in ("zero vectors", "another question's"):
-        with controlled(model, control):
-            changed[control] = answer(model, tokenizer, worded_prompts, control)
+    for control in ("zero", "other_question"):
+        with with_thoughts(model, control):
+            changed[CONTROLS[control]] = answer(model, tokenizer, worded_prompts, CONTROLS[control])
     with model.disable_adapter():
         own_after = answer(model, tokenizer, digit_prompts, "adapter disabled")
 
@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| --- | --- | --- |")
     for system, words, numbers in (("base alone", before, own), ("SoftCoT (disabled for digits)", after, own_after)):
         print(f"| {system} | {share_right(words, worded):.1%} | {share_right(numbers, digits):.1%} |")
-    for control, words in changed.items():
-        print(f"| control: {control} instead of its thoughts | {share_right(words, worded):.1%} | |")
+    for label, words in changed.items():
+        print(f"| control: {label} instead of its thoughts | {share_right(words, worded):.1%} | |")
     print()
     check(own_after == own, "adapter disabled: the base's own problems token for token as before")
     check(

@@ -26,8 +26,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
-from controls import controlled
-from live_rows import LiveRows
 from peft import PeftModel, get_peft_model
 from precision import has_fast_bfloat16
 from sources import check_source
@@ -46,6 +44,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from softcot_peft import SoftCoTConfig, compute_thoughts, use_thoughts, with_thought_tokens
+from softcot_peft.analysis import CONTROLS, with_thoughts
+from softcot_peft.live_rows import LiveRows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is no installed package
 from evaluation.answers import number
@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs and CPUs with bfloat16 units")
     add("--cache-thoughts", action="store_true", help="train on thoughts computed once; 1 to 3 GB in --output-dir")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
-    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see controls.py")
+    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see softcot_peft.analysis")
     args = parser.parse_args(argv)
     check_source("--base", args.base)
     check_source("--assistant", args.assistant)
@@ -281,9 +281,9 @@ def main(argv: list[str] | None = None) -> None:
     with model.disable_adapter():
         evaluate("base", model, tokenizer, rows, 0, args)
     solutions = evaluate("SoftCoT", model, tokenizer, rows, args.inference_thoughts, args)
-    for control in ("zero vectors", "another question's", "random projection") if args.controls else ():
-        with controlled(model, control, seed=args.seed):
-            evaluate(control, model, tokenizer, rows, args.inference_thoughts, args)
+    for control in ("zero", "other_question", "random_projection") if args.controls else ():
+        with with_thoughts(model, control, seed=args.seed):
+            evaluate(CONTROLS[control], model, tokenizer, rows, args.inference_thoughts, args)
     del model
     release_memory()  # room for the second base
     if PartialState().is_main_process:

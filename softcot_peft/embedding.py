@@ -128,7 +128,8 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
                 "instead of `get_peft_model`; to train a new one, set `inference_mode=False` in the config."
             )
         self.fresh.discard(name)
-        return source.project(states)
+        projected: Tensor = source(states)
+        return projected
 
     def check_trains(self) -> None:
         """Reject training a source that is offloaded: accelerate drops the copy that gets the gradients."""

@@ -34,7 +34,7 @@ class Results:
         """What stands at a path of keys in the results of certain runs, in the order of seeds.
 
         Args:
-            *path: Such as `"controls", "zero vectors"`.
+            *path: Such as `"controls", "zero"`.
             **wanted: Fields of `Run`; those that are not given have its defaults.
 
         Raises:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from controls import CONTROLS
 from small_pair import make_model, make_tokenizers
+
+from softcot_peft.analysis import CONTROLS
 
 from .figures import Draw, bars, heat, lines, maps, scatter
 from .jobs import ASKED_BY_SAMPLING, NUMBERS, PLACES, RATES, UNTRAINED, WIDTHS, Making, tuning
@@ -46,8 +47,10 @@ def summary(results: Results) -> str:
         ["base alone", results.share(system="zero-shot"), results.share("digits", "right", system="zero-shot")],
         ["SoftCoT", results.share(system="SoftCoT"), results.share("digits", "right", system="SoftCoT")],
     ]
-    for control in ("zero vectors", "another question's"):
-        rows.append([f"SoftCoT, {control} as thoughts", results.share("controls", control, system="SoftCoT"), ""])
+    for control in ("zero", "other_question"):
+        rows.append(
+            [f"SoftCoT, {CONTROLS[control]} as thoughts", results.share("controls", control, system="SoftCoT"), ""]
+        )
     for system in ("Assist-CoT", "prompt tuning", "LoRA"):
         rows.append([system, results.share(system=system), results.share("digits", "right", system=system)])
     same, asked = disabled(results)
@@ -122,8 +125,14 @@ character. With the adapter enabled the base reads thoughts of an assistant that
 
 def controls(results: Results) -> Section:
     """SoftCoT with its thoughts changed."""
-    found = {kind: {c: results.share("controls", c, system="SoftCoT", kind=kind) for c in CONTROLS} for kind in KINDS}
-    rows = [[control, *(found[kind][control] for kind in KINDS)] for control in CONTROLS]
+    found = {
+        kind: {
+            label: results.share("controls", control, system="SoftCoT", kind=kind)
+            for control, label in CONTROLS.items()
+        }
+        for kind in KINDS
+    }
+    rows = [[label, *(found[kind][label] for kind in KINDS)] for label in CONTROLS.values()]
     text = f"""The trained adapters again, with nothing changed but the vectors that the base reads:
 
 {table(["thoughts", *KINDS], rows)}

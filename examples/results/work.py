@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from baselines import AssistCoT, Baseline, Coconut, CotUnk, Lora, PromptTuning, SoftCoT, TrainedPlaceholders, ZeroShot
-from controls import (
-    CONTROLS,
-    attention_to_thoughts,
-    average_thoughts,
-    controlled,
-    nearest_tokens,
-    norms,
-    similarity,
-    thoughts_of,
-)
 from small_pair import KINDS, MARK, load_or_make_assistant, load_or_make_base, problems, share_solved
 from transformers import set_seed
 
 from softcot_peft import with_thought_tokens
+from softcot_peft.analysis import (
+    CONTROLS,
+    attention_to_thoughts,
+    collect_thoughts,
+    mean_thoughts,
+    nearest_tokens,
+    thought_norms,
+    thought_similarity,
+    with_thoughts,
+)
 
 from .jobs import NUMBERS, Job, Making, Run
 
@@ -163,10 +163,10 @@ def samples(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job
 def in_controls(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
     """Which answers are right with the thoughts changed, by control."""
     prompts = [example["prompt"] for example in problems(sizes.sampled, job.seed, job.kind)]
-    average = average_thoughts(system.model, system.tokenizer, prompts)
+    mean = mean_thoughts(system.model, system.tokenizer, prompts)
     right = {}
     for control in CONTROLS:
-        with controlled(system.model, control, average, job.seed):
+        with with_thoughts(system.model, control, mean, job.seed):
             right[control] = ask(system, own)[0]
     return right
 
@@ -185,12 +185,12 @@ def by_number(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, jo
 def diagnostics(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
     """What the thoughts are like: similarity across questions, lengths, nearest tokens."""
     model, tokenizer, seen = system.model, system.tokenizer, own[: sizes.seen]
-    thoughts = thoughts_of(model, tokenizer, [item["prompt"] for item in seen])
+    thoughts = collect_thoughts(model, tokenizer, [item["prompt"] for item in seen])
     ranked = nearest_tokens(model, tokenizer, thoughts, count=1)
     nearest = [[tokens[0] for tokens in question] for question in ranked]
     return {
-        "similarity": similarity(thoughts).tolist(),
-        "norms": norms(model, thoughts),
+        "similarity": thought_similarity(thoughts).tolist(),
+        "norms": thought_norms(model, thoughts),
         "questions": [item["prompt"] for item in seen],
         "nearest": nearest,
         "wanted": [list(item["expression"]) for item in seen],

@@ -135,6 +135,10 @@ class ThoughtSource(nn.Module):
         """Turn states `(B, K, N, H_source)` into soft thoughts `(B, K, N, H_base)`, of any dtype, on any device."""
         raise NotImplementedError
 
+    def forward(self, states: Tensor) -> Tensor:
+        """As `project`; hooks on this module see and may replace the soft thoughts."""
+        return self.project(states)
+
     def auxiliary_loss(self, thoughts: Tensor) -> Tensor | None:
         """A scalar to add to the loss of training steps, of soft thoughts `(B, K, N, H_base)`; `None`: nothing."""
         return None

@@ -99,7 +99,8 @@ def test_results_belong_to_one_state_of_the_code(tmp_path: Path) -> None:
     names = {path.relative_to(EXAMPLES.parent).as_posix() for path in report.sources(EXAMPLES / "pair")}
     assert {
         "softcot_peft/hooks.py",
-        "examples/controls.py",
+        "examples/results/work.py",
+        "softcot_peft/analysis.py",
         "examples/baselines/common.py",
         "examples/pair/base/model.safetensors",
     } <= names

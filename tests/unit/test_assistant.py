@@ -331,7 +331,7 @@ class User:
 
 
 def own(folder: Path) -> Assistant:
-    return Assistant(str(folder), AutoModelForCausalLM.from_pretrained(folder).config)
+    return Assistant(str(folder), AutoModelForCausalLM.from_pretrained(folder).config, find_assistant)
 
 
 def test_two_bases_on_two_devices_have_a_model_each(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`examples/live_rows.py`: the tokens of `generate`, by fewer rows; nothing stays on the model."""
+"""`softcot_peft.live_rows`: the tokens of `generate`, by fewer rows; nothing stays on the model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from batches import base_passes
 from helpers import CACHE_NAME
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from project_files import load_example
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-live_rows = load_example("live_rows")
+from softcot_peft.live_rows import LiveRows
+
 PROMPTS = [*QUESTIONS, "Nine?", "And ten?"]
 ENDS = [3, 9, 1, 9, 5, 6]  # tokens of each row's answer
 NEW = 9
@@ -54,7 +54,7 @@ def ask(model: nn.Module, pair: Pair, live: bool, lengths: list[int] = ENDS, **s
     after = After(lengths, batch["input_ids"].shape[1])
     torch.manual_seed(0)
     options = {"max_new_tokens": NEW, "do_sample": False} | settings
-    with live_rows.LiveRows(model, [after]) as criterion:
+    with LiveRows(model, [after]) as criterion:
         chosen = StoppingCriteriaList([criterion if live else after])
         found = model.generate(**batch, stopping_criteria=chosen, **options)
     return found[:, batch["input_ids"].shape[1] :]
@@ -83,7 +83,7 @@ def test_rows_end_with_the_models_own_eos(pair: Pair) -> None:
     model, batch = pair.model(), pair.batch(PROMPTS)
     model.get_base_model().generation_config.eos_token_id = list(range(1, 330, 12))
     whole = model.generate(**batch, max_new_tokens=40, do_sample=False)
-    with base_passes(model) as rows, live_rows.LiveRows(model) as live:
+    with base_passes(model) as rows, LiveRows(model) as live:
         found = model.generate(
             **batch, max_new_tokens=40, do_sample=False, stopping_criteria=StoppingCriteriaList([live])
         )
@@ -95,7 +95,7 @@ def test_rows_end_with_the_models_own_eos(pair: Pair) -> None:
 def test_it_is_for_one_call(pair: Pair) -> None:
     base, batch = pair.load_base(), pair.batch(PROMPTS)
     options = {"max_new_tokens": NEW, "do_sample": False}
-    with live_rows.LiveRows(base) as live:
+    with LiveRows(base) as live:
         base.generate(**batch, **options, stopping_criteria=StoppingCriteriaList([live]))
         with pytest.raises(ValueError, match=r"went from \d+ to \d+. Make one for each call"):
             base.generate(**batch, **options, stopping_criteria=StoppingCriteriaList([live]))
@@ -117,7 +117,7 @@ def test_rows_may_end_together(pair: Pair, lengths: list[int]) -> None:
 def test_rows_are_asked_for_now_and_then_on_a_gpu(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair.model()
     whole = ask(model, pair, live=False)
-    monkeypatch.setattr(live_rows.LiveRows, "every", property(lambda self: 4))
+    monkeypatch.setattr(LiveRows, "_check_interval", property(lambda self: 4))
     with base_passes(model) as rows:
         assert torch.equal(ask(model, pair, live=True), whole)
     assert rows == [6, 5, 5, 5, 5, 3, 3, 3, 3]
@@ -127,7 +127,7 @@ def test_rows_run_on_when_all_have_ended(pair: Pair) -> None:
     """As `generate` does on GPUs, a step or so."""
     base = pair.load_base()
     ids = torch.tensor([[7, 8], [9, 10]])
-    with torch.no_grad(), live_rows.LiveRows(base, [After([1, 1], 1)]) as live:
+    with torch.no_grad(), LiveRows(base, [After([1, 1], 1)]) as live:
         cache = base(ids)[CACHE_NAME]
         assert live(ids, None).all()
         assert base(input_ids=ids[:, :1], **{CACHE_NAME: cache}).logits.shape[0] == 2
@@ -156,15 +156,20 @@ def test_the_forward_is_the_models_own_again(pair: Pair) -> None:
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             raise KeyboardInterrupt
 
-    with live_rows.LiveRows(base, [Failing()]) as live:
+    with LiveRows(base, [Failing()]) as live:
         assert "forward" in vars(base)
         with pytest.raises(KeyboardInterrupt):
             base.generate(**pair.batch(PROMPTS), max_new_tokens=NEW, stopping_criteria=StoppingCriteriaList([live]))
     assert "forward" not in vars(base)
-    with pytest.raises(KeyboardInterrupt), live_rows.LiveRows(base, []):
+    with pytest.raises(KeyboardInterrupt), LiveRows(base, []):
         raise KeyboardInterrupt
     assert "forward" not in vars(base)
     replaced = vars(base)["forward"] = base.forward  # as accelerate's hooks do
-    with live_rows.LiveRows(base, []):
+    with LiveRows(base, []):
         pass
     assert vars(base)["forward"] is replaced
+
+
+def test_what_cannot_generate_is_refused() -> None:
+    with pytest.raises(TypeError, match="`model` must be a transformers model or a PEFT model around one, got Linear"):
+        LiveRows(nn.Linear(2, 2))

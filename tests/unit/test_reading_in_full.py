@@ -554,7 +554,7 @@ def test_the_vocabulary_is_that_of_the_embedding(pair: Pair, change: int) -> Non
     most = len(make_assistant_tokenizer())
     name = given(pair)
     model = pair.model(assistant_model_name_or_path=name)
-    loaded = given_assistants()[name].given
+    loaded = given_assistants()[name].preloaded_model
     loaded.resize_token_embeddings(most + change)
     loaded.config.vocab_size = most  # a config need not follow
     ids = torch.full((1, 9), most + change - 1)
