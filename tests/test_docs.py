@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import QUESTIONS, Pair
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainingArguments
 
 from softcot_peft import assistant
@@ -23,14 +21,6 @@ CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    fills = {"input_ids": 0, "labels": -100}
-    return {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
-        for name, fill in fills.items()
-    }
-
-
 def test_the_readme_s_code_runs_from_training_to_the_pipeline(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,20 +29,19 @@ def test_the_readme_s_code_runs_from_training_to_the_pipeline(
     labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
-        "data": labelled,
         "dataset": datasets.Dataset.from_list(labelled),
         "conversations": datasets.Dataset.from_dict({"messages": [CONVERSATION]}),
-        "collate": collate,
         "tokenizer": pair.tokenizer,
         "my_model": pair.load_base(),
         "my_tokenizer": pair.tokenizer,
     }
     replacements = {
-        "Qwen/Qwen2.5-7B-Instruct": str(pair.base),
-        "Qwen/Qwen2.5-1.5B-Instruct": str(pair.assistant),
+        "Qwen/Qwen2.5-1.5B-Instruct": str(pair.base),
+        "Qwen/Qwen2.5-0.5B-Instruct": str(pair.assistant),
+        "A farmer has 12 hens and buys 34 more. How many hens are there?": QUESTIONS[0],
         "my-adapter": str(tmp_path / "my-adapter"),
         "<|endoftext|>": "<thought>",
-        "Trainer(model=model, ...)": "Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)",
+        "Trainer(model, ": "Trainer(model, arguments, ",
         "SoftCoTConfig(...,": f"SoftCoTConfig(assistant_model_name_or_path={str(pair.assistant)!r},",
         '(assistant_model_name_or_path="my-assistant", ...)': '(assistant_model_name_or_path="my-assistant")',
     }
