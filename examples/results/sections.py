@@ -79,7 +79,7 @@ def accuracy(results: Results) -> Section:
         ]
         for system in SYSTEMS
     ]
-    losses = [f"- {kind}: {', '.join(better(found[kind], 'SoftCoT')) or 'nothing'}." for kind in KINDS]
+    losses = [f"- {kind}: {', '.join(better(found[kind], 'SoftCoT')) or 'none'}." for kind in KINDS]
     head = ["system", *KINDS, "trained parameters", "training, s", "learning rate", "tokens written"]
     text = f"""{table(head, rows)}
 Exact match, %, with the 95 % interval: mean over {len(results.sizes.seeds)} seeds with {results.sizes.asked} held-out
