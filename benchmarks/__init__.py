@@ -1,6 +1,6 @@
-"""What SoftCoT costs, each figure beside its rival's from the same process; `make bench` runs it."""
+"""Benchmarks of SoftCoT and other methods, measured in the same process; `make bench` runs them."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))  # the report's figures are drawn by the same code
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # share the code for the report's figures

@@ -1,9 +1,9 @@
-r"""Measure what SoftCoT costs beside its rivals, and write `docs/performance.md`; `make bench` calls it.
+r"""Measure the time and memory of SoftCoT and other methods, and write `docs/performance.md`; `make bench` calls it.
 
     python -m benchmarks [--size smoke|small|issue|7b] [--device cpu|cuda] [--repeats R] [--only SECTION ...]
 
-The results of each size and device are kept beside the page, which shows all of them. With `--only`, the other
-sections of an earlier run of the same size and device stay as they are, each with the environment that it ran in.
+The results of each size and device are stored next to the page, which shows all of them. With `--only`, the other
+sections of an earlier run of the same size and device are kept, each with the environment of its run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ LIBRARIES = ("torch", "transformers", "peft", "softcot-peft")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what SoftCoT costs.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure the time and memory of SoftCoT and other methods."
+    )
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="models and batches; issue and 7b take an hour")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--repeats", type=int, help="rounds of each measurement; the size has a number of its own")
+    add("--repeats", type=int, help="rounds per measurement; default: depends on the size")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
-    add("--threads", type=int, help="of torch; as many as it takes by itself")
+    add("--threads", type=int, help="number of torch threads; default: torch's own")
     add("--docs", type=Path, help="folder of performance.md and its figures; runs/bench for smoke, else docs")
     args = parser.parse_args(argv)
     args.docs = args.docs or ROOT / ("runs/bench" if args.size == "smoke" else "docs")
@@ -55,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def environment(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
-    """What a figure depends on, beside the code."""
+    """Return what a measurement depends on, besides the code."""
     on_cuda = args.device == "cuda"
     return {
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -72,7 +74,7 @@ def environment(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's model, as Linux knows it, else as Python does."""
+    """Return the processor's model as reported by Linux, else by Python."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -80,21 +82,21 @@ def processor() -> str:
 
 
 def load() -> float | None:
-    """How many processes wanted to run in the last minute; `None` where the system does not say."""
+    """Return the load average of the last minute; `None` if the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the sections that are wanted, then write the page."""
+    """Run the selected sections, then write the page."""
     args, began = parse_args(argv), time.monotonic()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
-    # peft 0.21 reads an attribute that transformers 5.23 renamed
+    # PEFT 0.21 reads an attribute that transformers 5.23 renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    # peft's own, in every `generate` of its prompt tuning
+    # PEFT's own, in every `generate` with prompt tuning
     warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
     size = SIZES[args.size]
     bench = Bench(size, args.device, args.repeats or size.repeats)
@@ -111,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["sections"][name] = {"command": command, "environment": ran | {"load_after": load()}, "found": found}
         half = file.with_suffix(".half")
         half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(half, file)  # whole, whenever the run is stopped
+        os.replace(half, file)  # atomic, in case the run is interrupted
     write(args.docs)
     for goal in goals(results["sections"]):
         print("; ".join(goal.columns))
-    print(f"{args.docs / 'performance.md'} is written. {(time.monotonic() - began) / 60:.0f} minutes.")
+    print(f"Wrote {args.docs / 'performance.md'} in {(time.monotonic() - began) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Generation: SoftCoT's and its rivals', and an evaluation with answers of different lengths.
+"""Generation with SoftCoT and other methods, and an evaluation with answers of different lengths.
 
-Weights are random, so that the models say nothing; a logits processor ends each answer where it is to end.
+Weights are random, so the output is meaningless; a logits processor ends each answer at a given length.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from softcot_peft.live_rows import LiveRows
 from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of
 from .rivals import assistant_states
 
-# Lengths of every 116th problem of GSM8K's training file and of its solution, without the calculator's notes: words,
-# groups of up to three digits, punctuation marks, which today's tokenizers count nearly the same.
+# Lengths of every 116th problem of GSM8K's training file and of its solution, without calculator annotations, in
+# words, groups of up to three digits, and punctuation marks. Current tokenizers give nearly the same counts.
 # fmt: off
 LENGTHS = (
     (34, 30), (96, 118), (88, 106), (81, 111), (30, 85), (73, 98), (62, 62), (68, 91), (31, 81), (38, 50), (62, 49),
@@ -46,12 +46,12 @@ Ask = Callable[..., Tensor]
 
 
 def make_questions(number: int, longest_answer: int, vocabulary: int) -> list[tuple[Tensor, int]]:
-    """Prompts of random ids and how long their answers are, EOS among them; as long as GSM8K's.
+    """Create prompts of random ids and the lengths of their answers, including EOS, with the lengths of GSM8K.
 
     Args:
-        number: How many.
-        longest_answer: Answers are cut there.
-        vocabulary: Ids that the models know.
+        number: Number of prompts.
+        longest_answer: Maximum length of an answer.
+        vocabulary: Size of the models' vocabulary.
     """
     generator = torch.Generator().manual_seed(0)
     chosen = [LENGTHS[index * len(LENGTHS) // number] for index in range(number)]
@@ -62,37 +62,37 @@ def make_questions(number: int, longest_answer: int, vocabulary: int) -> list[tu
 
 
 class Ends(LogitsProcessor):
-    """Has each row write EOS after as many tokens as it is told, and not before.
+    """Forces EOS in each row at a given length, and not before.
 
     Args:
-        lengths: Tokens of each row's answer, EOS among them.
-        device: Where the scores are.
+        lengths: Number of tokens of each row's answer, including EOS.
+        device: Device of the scores.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.left = torch.tensor(lengths, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Allow EOS alone where the answer ends, and all but EOS before; of the scores, one column is touched."""
+        """Allow only EOS at the end of the answer, and all other tokens before. Changes one column of the scores."""
         self.left = self.left - 1
         scores[:, EOS] = torch.where(self.left > 0, -inf, inf)
         return scores
 
 
 class Ticks(StoppingCriteria):
-    """Stops nothing, and notes when each token was there."""
+    """Records the time of each token; never stops generation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Note the time, after the accelerator has done its work."""
+        """Record the time, after synchronizing with the accelerator."""
         self.times.append(timer())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def called(model: nn.Module) -> Ask:
-    """`generate` of a model, as its users call it; it gives the new ids alone."""
+    """Return the model's `generate`, reduced to the new ids."""
     model.eval()
     return lambda ids, mask, **settings: model.generate(input_ids=ids, attention_mask=mask, **settings)[
         :, ids.shape[1] :
@@ -100,14 +100,14 @@ def called(model: nn.Module) -> Ask:
 
 
 def disabled(pair: Pair, num: int) -> nn.Module:
-    """A base with a disabled adapter."""
+    """Return a base with a disabled adapter."""
     model = attach(pair, num)
     model.base_model.disable_adapter_layers()
     return model
 
 
 def bare(pair: Pair, base: PreTrainedModel, num: int) -> Ask:
-    """SoftCoT's `generate` by the bare operations: the assistant's backbone, then the base's own `generate`."""
+    """Return SoftCoT's `generate` as bare operations: the assistant's backbone, then the base's own `generate`."""
     projection = projection_of(attach(pair, num))
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ def bare(pair: Pair, base: PreTrainedModel, num: int) -> Ask:
 
 
 def answer(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device, **settings: Any) -> Tensor:
-    """Greedy answers to one batch of questions, padded on the left."""
+    """Generate greedy answers to one left-padded batch of questions."""
     ids = [ids for ids, _ in questions]
     ends = Ends([length for _, length in questions], device)
     return ask(
@@ -143,15 +143,15 @@ def evaluate(
     device: torch.device,
     model: PreTrainedModel | PeftModel | None = None,
 ) -> list[Tensor]:
-    """Answers to all questions in batches, those of like length together.
+    """Answer all questions in batches of similar length.
 
     Args:
-        ask: What generates.
-        questions: Prompts, and how long their answers are.
-        at_once: Rows of a batch.
-        device: Where the models are.
-        model: The model in which finished sequences are dropped from the batch, as in `examples/evaluate.py`; `None`:
-            all rows run until the longest answer has ended.
+        ask: Function that generates.
+        questions: Prompts and the lengths of their answers.
+        at_once: Rows per batch.
+        device: Device of the models.
+        model: Model from whose batches finished sequences are dropped, as in `examples/evaluate.py`; `None`: all rows
+            run until the longest answer is finished.
     """
     answers = []
     for batch in batches(questions, at_once):
@@ -162,25 +162,25 @@ def evaluate(
 
 
 def batches(questions: Sequence[tuple[Tensor, int]], at_once: int) -> list[list[tuple[Tensor, int]]]:
-    """Questions of like length together."""
+    """Group questions into batches of similar length."""
     by_length = sorted(questions, key=lambda question: len(question[0]))
     return [by_length[start : start + at_once] for start in range(0, len(by_length), at_once)]
 
 
 def busy(questions: Sequence[tuple[Tensor, int]], at_once: int) -> float:
-    """The share of a batch's steps in which a row still writes."""
+    """Return the share of a batch's steps in which a row is not finished, over all rows."""
     steps = sum(len(batch) * max(length for _, length in batch) for batch in batches(questions, at_once))
     return sum(length for _, length in questions) / steps
 
 
 def step_seconds(ask: Ask, questions: Sequence[tuple[Tensor, int]], tokens: int, device: torch.device) -> float:
-    """Median seconds between two tokens of one batch, after the first.
+    """Return the median seconds between two tokens of one batch, after the first.
 
     Args:
-        ask: What generates.
+        ask: Function that generates.
         questions: Prompts.
-        tokens: How many each answer has.
-        device: Where the models are.
+        tokens: Number of tokens per answer.
+        device: Device of the models.
     """
     ticks = Ticks()
     questions = [(ids, tokens) for ids, _ in questions]

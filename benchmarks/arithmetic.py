@@ -1,8 +1,8 @@
-"""What the arithmetic alone says of a training step, for models too large to be run here; nothing is timed.
+"""Number of multiplications of a training step, for models too large to run here; nothing is timed.
 
-A column of the base costs `body` multiplications on its way forward and as many back, and `head` for its logits. Plain
-SoftCoT takes all P + N + R columns forward and back, with logits; its floor takes P forward, and N + R - 1 forward and
-back with logits of R. Attention between columns is not counted.
+A position of the base costs `body` multiplications in the forward pass, the same number in the backward pass, and
+`head` for its logits. Plain SoftCoT runs all P + N + R positions forward and backward, with logits. The floor runs P
+positions forward, and N + R - 1 forward and backward with logits of R. Attention between positions is not counted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PROMPTS = (55, 110, 220, 440, 880)
 
 @dataclass(frozen=True)
 class Model:
-    """Multiplications of one column on its way forward.
+    """Multiplications of one position in the forward pass.
 
     Args:
-        body: Of all linear layers but the head.
-        head: Of the head.
-        width: Of a hidden state.
+        body: Multiplications of all linear layers except the head.
+        head: Multiplications of the head.
+        width: Width of the hidden states.
     """
 
     body: int
@@ -47,15 +47,15 @@ class Model:
 
 
 def of_step(pair: Pair, case: Case) -> tuple[int, int]:
-    """Multiplications for one row: of the plain step and of the floor.
+    """Return the multiplications of the plain step and of the floor for one row.
 
     Args:
         pair: The models, on any device.
-        case: The batch, whose rows are as long as the longest.
+        case: The batch; all rows have the maximum length.
     """
     base, assistant = Model.of(pair.base), Model.of(pair.assistant)
     prompt, num, response = case.prompt, case.thoughts, case.response
-    projection = 2 * num * assistant.width * base.width  # forward, and the gradient of its weights
+    projection = 2 * num * assistant.width * base.width  # forward, and gradient of the weights
     plain = 2 * (prompt + num + response) * (base.body + base.head)
     plain += (prompt + num) * (assistant.body + assistant.head) + projection
     floor = (prompt + 2 * (num + response - 1)) * base.body + 2 * response * base.head
@@ -64,7 +64,7 @@ def of_step(pair: Pair, case: Case) -> tuple[int, int]:
 
 
 def rows() -> Iterator[str]:
-    """The lines of a table in Markdown: the floor's share of the plain step, by shape and length of the prompt."""
+    """Yield the lines of a Markdown table: floor relative to the plain step, by shape and prompt length."""
     yield "| multiplications, floor / plain | " + " | ".join(f"prompt {prompt}" for prompt in PROMPTS) + " |"
     yield "| --- |" + " --- |" * len(PROMPTS)
     for name, size in SHAPES.items():

@@ -1,4 +1,4 @@
-"""What the package is to cost at most, the ratios that tell, and what limits each now; from results alone."""
+"""Performance goals, the measured ratios, and what limits each of them, computed from the results."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Goal:
     Args:
         what: What is compared.
         limit: The goal.
-        found: What was measured.
-        limits: What keeps it from being better.
-        at_least: Whether more is better.
-        unit: Of limit and measurement.
+        found: The measured value.
+        limits: What limits the measured value.
+        at_least: Whether larger values are better.
+        unit: Unit of limit and measurement.
     """
 
     what: str
@@ -34,36 +34,36 @@ class Goal:
 
     @property
     def met(self) -> str:
-        """Whether the median keeps the goal."""
+        """Whether the median meets the goal."""
         found = self.found.median
         return "yes" if (found >= self.limit if self.at_least else found <= self.limit) else "no"
 
     @property
     def columns(self) -> tuple[str, str, str, str]:
-        """What is compared, the goal, what was measured, and whether it is met."""
+        """What is compared, the goal, the measured value, and whether the goal is met."""
         bound = f"{'at least' if self.at_least else 'at most'} {self.limit:g}{self.unit}"
         return self.what, bound, f"{self.found}{self.unit}", self.met
 
     def row(self) -> str:
-        """The line, in Markdown."""
+        """Return the Markdown table row."""
         return f"| {' | '.join(self.columns)} | {self.limits} |"
 
 
 def goals(sections: Mapping[str, Any]) -> Iterator[Goal]:
-    """The goals that the sections of a run say something about."""
+    """Yield the goals of the measured sections of a run."""
     for name, find in FINDERS.items():
         if name in sections:
             yield from find(sections[name]["found"])
 
 
 def shares(parts: Mapping[str, list[float]]) -> dict[str, float]:
-    """The share of each part in their sum."""
+    """Return the share of each part in the sum of medians."""
     medians = {name: median(times) for name, times in parts.items()}
     return {name: time / sum(medians.values()) for name, time in medians.items()}
 
 
 def compared(case: Mapping[str, Any], name: str, to: str) -> Spread:
-    """The ratio of two steps' times; of near rivals, in the rounds of these alone."""
+    """Return the ratio of two steps' times; for methods of similar speed, from the rounds with only these."""
     near = case["near_seconds"]
     return ratio(near if {name, to} <= near.keys() else case["seconds"], name, to)
 
@@ -79,27 +79,27 @@ def _training(cases: list[dict[str, Any]]) -> Iterator[Goal]:
             f"training step / plain; {text}",
             0.50,
             compared(case, SOFTCOT, PLAIN),
-            f"the bare operations alone take {floor:.2f} of plain, and {counted:.2f} of the multiplications of its "
+            f"the bare operations take {floor:.2f} of plain's time, and {counted:.2f} of the multiplications of its "
             "linear layers",
         )
         yield Goal(
             f"training step / floor; {text}",
             1.08,
             compared(case, SOFTCOT, FLOOR),
-            f"{over:+.0%} of the time of the bare operations, which keep the logits that it does not; theirs is: "
-            f"{parts}",
+            f"{over:+.0%} relative to the bare operations, which, unlike the package, store the logits; parts of "
+            f"their time: {parts}",
         )
         yield Goal(
             f"training step, cached thoughts / floor without assistant; {text}",
             1.02,
             compared(case, CACHED, NO_ASSISTANT),
-            f"the floor without its assistant takes {compared(case, NO_ASSISTANT, FLOOR).median:.2f} of the floor",
+            f"without its assistant, the floor takes {compared(case, NO_ASSISTANT, FLOOR).median:.2f} of its time",
         )
         yield Goal(
             f"peak memory of a training step / plain; {text}",
             0.60,
             Spread.of([memory[SOFTCOT] / memory[PLAIN]]),
-            f"the bare operations alone take {memory[FLOOR] / memory[PLAIN]:.2f} of plain",
+            f"the bare operations take {memory[FLOOR] / memory[PLAIN]:.2f} of plain's memory",
         )
 
 
@@ -109,9 +109,10 @@ def _evaluation(found: dict[str, Any]) -> Iterator[Goal]:
     own = ratio(times, live, f"{BARE}, {BATCHED}, {UNEQUAL}").median
     waiting = ratio(times, live, f"{SOFTCOT}, {WAITING}, {UNEQUAL}").median
     limits = {
-        EQUAL: f"a step of {found['at_once']} rows takes longer than one of one row",
-        UNEQUAL: f"a row writes in {found['busy']:.0%} of its batch's steps; left out of the others, it "
-        f"takes {waiting:.2f} of all rows to the end; in batches the package takes {own:.2f} of base + assistant",
+        EQUAL: f"a step of {found['at_once']} rows takes longer than a step of one row",
+        UNEQUAL: f"a row is active in {found['busy']:.0%} of its batch's steps; dropping finished sequences takes "
+        f"{waiting:.2f} of the time of running all rows to the end; in batches, the package takes {own:.2f} of base + "
+        "assistant",
     }
     for lengths, what in limits.items():
         single, batched = (f"{SOFTCOT}, {how}, {lengths}" for how in (SINGLE, BATCHED))
@@ -131,7 +132,7 @@ def _generation(found: dict[str, Any]) -> Iterator[Goal]:
         "`generate` / base + assistant",
         1.03,
         ratio(whole, SOFTCOT, BARE),
-        f"steps of decoding are {min(decoding, 1):.0%} of it; assistant and thoughts make it "
+        f"decode steps take {min(decoding, 1):.0%} of the time; with assistant and thoughts, it is "
         f"{ratio(whole, BARE, BASE).median:.2f} of the base's",
     )
     steps = {"decode step": step, "decode step of one row": found["step of one row"]}
@@ -140,22 +141,22 @@ def _generation(found: dict[str, Any]) -> Iterator[Goal]:
             f"{name} / base + assistant's",
             1.02,
             ratio(times, SOFTCOT, BARE),
-            f"mask and positions are moved up for the thoughts: {_added(times, SOFTCOT, BARE)}",
+            f"mask and positions are shifted for the thoughts: {_added(times, SOFTCOT, BARE)}",
         )
     for name, times in (steps | {"forward": forward}).items():
         yield Goal(
             f"{name}, disabled / base's",
             1.02,
             ratio(times, DISABLED, BASE),
-            f"hooks that return at once: {_added(times, DISABLED, BASE)}; noise, the base against itself: "
+            f"hooks that return immediately: {_added(times, DISABLED, BASE)}; noise, the base against itself: "
             f"{ratio(times, BASE_AGAIN, BASE)}",
         )
 
 
 def _added(times: Mapping[str, list[float]], name: str, to: str) -> str:
-    """Median of what one takes more than the other in a round, beside the other."""
+    """Format the median difference of two times in a round, relative to the second."""
     added = median(one - other for one, other in zip(times[name], times[to], strict=True))
-    return f"{1e6 * added:+.0f} µs beside {1e3 * median(times[to]):.2f} ms"
+    return f"{1e6 * added:+.0f} µs relative to {1e3 * median(times[to]):.2f} ms"
 
 
 def _start(found: dict[str, Any]) -> Iterator[Goal]:
@@ -164,7 +165,7 @@ def _start(found: dict[str, Any]) -> Iterator[Goal]:
         "`import softcot_peft` after `import peft`",
         50,
         Spread.of([1e3 * seconds for seconds in found["seconds"]["import softcot_peft"]]),
-        f"the slowest modules, in ms: {slowest}; `import peft` takes {median(found['seconds']['import peft']):.1f} s",
+        f"slowest modules, in ms: {slowest}; `import peft` takes {median(found['seconds']['import peft']):.1f} s",
         unit=" ms",
     )
 

@@ -1,4 +1,4 @@
-"""Peak memory of a call, above what was there before it."""
+"""Peak memory of a call, above the memory in use before it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside of it that are alive, and their peak.
+    """Counts the bytes of live tensors created within the context, and their peak.
 
-    The same in every run: there are no clocks or allocators in it. What an operation takes for itself while it runs is
-    not counted.
+    The result is the same in every run, because it depends on no clock or allocator. Temporary memory of operations
+    is not counted.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class PeakBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):  # of these, what is unknown was there before; results can be views
+        for value in tree_leaves((args, kwargs)):  # unknown inputs existed before; results can be views
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage(), made=False)
         result = func(*args, **(kwargs or {}))
@@ -51,7 +51,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[..., Any], *args: Any) -> int:
-    """The peak of the bytes of tensors alive while a function runs, over what there was before."""
+    """Return the peak bytes of live tensors while a function runs, above those that existed before."""
     with PeakBytes() as counted:
         result = run(*args)
     del result
@@ -59,15 +59,15 @@ def peak_bytes(run: Callable[..., Any], *args: Any) -> int:
 
 
 def peak(run: Callable[[], Any], device: torch.device) -> int:
-    """Peak bytes above what there was before: counted tensors on a CPU, the allocator's own count on CUDA.
+    """Return the peak bytes above those in use before: counted tensors on a CPU, the allocator's statistics on CUDA.
 
     Args:
-        run: What is measured; it has run before, so that what is made once is there.
-        device: Where it runs.
+        run: Function to measure. It has run before, so one-time allocations already exist.
+        device: Device it runs on.
     """
     if device.type != "cuda":
         return peak_bytes(run)
-    gc.collect()  # what is dropped meanwhile would hide as much of the peak
+    gc.collect()  # garbage freed during the run would hide part of the peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,6 +1,6 @@
-"""Pairs of models with random weights and the batches they read: what all rivals share. Nothing is timed here.
+"""Pairs of models with random weights, and their batches, shared by all methods. Nothing is timed here.
 
-Time and memory do not depend on the weights' values, so that nothing has to be downloaded.
+Time and memory do not depend on the weights' values, so nothing has to be downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softcot_peft import SoftCoTConfig, use_assistant
 
 from .sizes import Case, Size
 
-PAD, EOS, UNK, FIRST = 0, 1, 2, 3  # FIRST: the first id that stands for a word
+PAD, EOS, UNK, FIRST = 0, 1, 2, 3  # FIRST: the first id of a word
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 IGNORED = -100
 M = TypeVar("M", bound=nn.Module)
@@ -32,8 +32,8 @@ class Pair:
     """A frozen base and a frozen assistant that reads the base's ids.
 
     Args:
-        base: Llama; rivals get twins of it, since hooks and LoRA change the module they are attached to.
-        assistant: Llama, shared by all rivals.
+        base: Llama. Each method gets a twin, because hooks and LoRA modify the module they are attached to.
+        assistant: Llama, shared by all methods.
     """
 
     base: PreTrainedModel
@@ -41,16 +41,16 @@ class Pair:
 
     @property
     def device(self) -> torch.device:
-        """Where both are."""
+        """Device of both models."""
         return self.base.device
 
 
 def make_pair(size: Size, device: str) -> Pair:
-    """Both models with random weights.
+    """Create both models with random weights.
 
     Args:
-        size: Their shapes.
-        device: Where they are made.
+        size: Shapes of the models.
+        device: Device of the models.
     """
     torch.manual_seed(0)
     models = []
@@ -70,25 +70,25 @@ def make_pair(size: Size, device: str) -> Pair:
 
 
 def twin(model: M) -> M:
-    """A model of its own modules around the same weights."""
+    """Copy a model's modules, sharing the weights."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with a word for every id: the assistant is given ids, and refuses those that it does not know."""
+    """Create a tokenizer with a word for every id; the assistant reads ids, and rejects unknown ones."""
     words = {str(number): number for number in range(FIRST, vocabulary)}
     words |= {SPECIAL["pad_token"]: PAD, SPECIAL["eos_token"]: EOS, SPECIAL["unk_token"]: UNK}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), **SPECIAL)
 
 
 def config_of(assistant: str, num_thoughts: int, **fields: Any) -> SoftCoTConfig:
-    """The adapter's config.
+    """Create the adapter's config.
 
     Args:
-        assistant: Its folder or name.
+        assistant: Folder or name of the assistant.
         num_thoughts: N.
-        **fields: Further fields.
+        **fields: Other fields.
     """
     return SoftCoTConfig(
         task_type="CAUSAL_LM",
@@ -100,20 +100,20 @@ def config_of(assistant: str, num_thoughts: int, **fields: Any) -> SoftCoTConfig
 
 
 def attach(pair: Pair, num_thoughts: int, **fields: Any) -> PeftModel:
-    """SoftCoT as its users attach it, in eval mode, on a twin of the base.
+    """Attach SoftCoT to a twin of the base, in eval mode.
 
     Args:
         pair: The models.
         num_thoughts: N.
-        **fields: Further fields of [`SoftCoTConfig`].
+        **fields: Other fields of [`SoftCoTConfig`].
     """
     name = use_assistant(pair.assistant, make_tokenizer(pair.assistant.config.vocab_size), name="benchmark")
-    torch.manual_seed(0)  # the same projection every time
+    torch.manual_seed(0)  # always the same projection
     return get_peft_model(twin(pair.base), config_of(name, num_thoughts, **fields)).eval()
 
 
 def projection_of(model: PeftModel) -> nn.Linear:
-    """The adapter's projection as a layer of its own, with the same values."""
+    """Return a copy of the adapter's projection as a linear layer."""
     state = {name.rpartition(".")[2]: tensor for name, tensor in get_peft_model_state_dict(model).items()}
     weight = state["weight"]
     layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
@@ -122,7 +122,7 @@ def projection_of(model: PeftModel) -> nn.Linear:
 
 
 def lengths(longest: int, rows: int, ragged: bool) -> list[int]:
-    """Tokens of each row: all the longest, or from the longest down to half of it in even steps."""
+    """Return the lengths of the rows: all equal, or decreasing evenly from the longest to half of it."""
     if not ragged or rows == 1:
         return [longest] * rows
     return [longest - round(row * (longest - longest // 2) / (rows - 1)) for row in range(rows)]
@@ -130,13 +130,13 @@ def lengths(longest: int, rows: int, ragged: bool) -> list[int]:
 
 @dataclass
 class Batch:
-    """A training batch, laid out beforehand as each rival wants it, so that none pays for that.
+    """A training batch, prepared in the layout of each method, so that preparation is not timed.
 
     Args:
         prompts: Ids of each prompt.
         responses: Ids of each response.
         num_thoughts: N.
-        device: Where the tensors go.
+        device: Device of the tensors.
     """
 
     prompts: list[Tensor]
@@ -148,13 +148,13 @@ class Batch:
         pairs = list(zip(self.prompts, self.responses, strict=True))
         filler = torch.full((self.num_thoughts,), UNK)
         silent = torch.full((self.num_thoughts,), IGNORED)
-        # What a data collator hands to a model: ids, mask and labels, each (B, P + R), right-padded.
+        # The output of a data collator: ids, mask and labels, each (B, P + R), right-padded.
         self.rows = {
             "input_ids": self._pad([torch.cat(pair) for pair in pairs], PAD),
             "attention_mask": self._pad([torch.ones(len(p) + len(r), dtype=torch.long) for p, r in pairs], 0),
             "labels": self._pad([torch.cat([torch.full_like(p, IGNORED), r]) for p, r in pairs], IGNORED),
         }
-        # The same with N places for thoughts after each prompt, each (B, P + N + R).
+        # The same with N thought positions after each prompt, each (B, P + N + R).
         self.placed_ids = self._pad([torch.cat([p, filler, r]) for p, r in pairs], PAD)
         self.placed_mask = self._pad([torch.ones(len(p) + len(filler) + len(r)) for p, r in pairs], 0).long()
         self.placed_labels = self._pad(
@@ -162,7 +162,7 @@ class Batch:
         )
         thoughts = [torch.cat([p * 0, filler * 0 + 1, r * 0]) for p, r in pairs]
         self.is_thought = self._pad(thoughts, 0).bool()
-        # Prompts (B, P) that end in the last column, what the assistant reads (B, P + N), and the responses (B, R).
+        # Left-padded prompts (B, P), the assistant's input (B, P + N), and the responses (B, R).
         self.prompt = self._pad(self.prompts, PAD, "left")
         self.prompt_mask = self._pad([torch.ones_like(p) for p in self.prompts], 0, "left")
         self.assistant_ids = torch.cat([self.prompt, filler.to(self.device).expand(len(pairs), -1)], 1)
@@ -175,12 +175,12 @@ class Batch:
 
 
 def make_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
-    """Random ids in the shape of a case.
+    """Create random ids in the shape of a case.
 
     Args:
         case: The shape.
-        vocabulary: Ids that the models know.
-        device: Where the tensors go.
+        vocabulary: Size of the models' vocabulary.
+        device: Device of the tensors.
     """
     generator = torch.Generator().manual_seed(0)
     prompts, responses = (
@@ -190,5 +190,5 @@ def make_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
         ]
         for longest in (case.prompt, case.response)
     )
-    # the longest prompt with the shortest response, as far as lengths differ
+    # if lengths differ, the longest prompt has the shortest response
     return Batch(prompts, responses[::-1], case.thoughts, device)

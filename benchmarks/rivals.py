@@ -1,10 +1,10 @@
-"""Training steps: SoftCoT as it is in the package, and each of its rivals, none of which knows the package.
+"""Training steps of SoftCoT in this package, and of the other methods, which are independent of the package.
 
     t = Assistant([prompt; thought token x N]).hidden[-1][thought positions]     (B, N, H_assistant)
     s = W t + b                                                                  (B, N, H_base)
     loss = NLL(response | prompt, s)          trained: W, b only
 
-A step is forward and backward, without the optimizer, which is the same for all.
+A step is forward and backward, without the optimizer, which is the same for all methods.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ Mark = Callable[[str], None]
 SOFTCOT, PLAIN, FLOOR, AGAIN = "SoftCoT", "plain SoftCoT", "floor", "floor again"
 PLAIN_PATH, CACHED, NO_ASSISTANT = "SoftCoT, plain path", "SoftCoT, cached thoughts", "floor without assistant"
 PROMPT_TUNING, LORA, BASE = "prompt tuning", "LoRA", "base"
-NEAR = (SOFTCOT, FLOOR, AGAIN, CACHED, NO_ASSISTANT)  # a few hundredths apart
+NEAR = (SOFTCOT, FLOOR, AGAIN, CACHED, NO_ASSISTANT)  # differ by a few percent
 WHAT = {
     SOFTCOT: "the package, as `Trainer` calls it",
-    PLAIN_PATH: "the package with its faster path switched off",
-    CACHED: "the package with thoughts that were computed once",
-    PLAIN: "the equations as published: the assistant with its head and all hidden states, then one forward and "
-    "backward of the base over prompt, thoughts and response",
-    FLOOR: "the bare operations that a step needs, with no code around: the assistant's backbone, the prompt without "
-    "gradient into a cache, the projection, thoughts and response with gradient, logits of the response alone",
-    AGAIN: "the same a second time: its ratio to the floor is this run's noise",
-    NO_ASSISTANT: "the floor with hidden states given",
-    PROMPT_TUNING: "PEFT's, with N virtual tokens",
-    LORA: "PEFT's, rank 16 in all linear layers",
-    BASE: "the base alone: its loss, and the gradient to the embeddings of its input",
+    PLAIN_PATH: "the package with two-pass training disabled",
+    CACHED: "the package with precomputed thoughts",
+    PLAIN: "the published equations: the assistant with its head and all hidden states, then one forward and backward "
+    "of the base over prompt, thoughts and response",
+    FLOOR: "the bare operations of a step, without other code: the assistant's backbone, the prompt without gradient "
+    "into a cache, the projection, thoughts and response with gradient, and logits of the response only",
+    AGAIN: "the floor measured a second time: its ratio to the floor is the noise of the run",
+    NO_ASSISTANT: "the floor with precomputed hidden states",
+    PROMPT_TUNING: "PEFT's implementation, with N virtual tokens",
+    LORA: "PEFT's implementation, rank 16 in all linear layers",
+    BASE: "the base alone: its loss, and the gradient with respect to its input embeddings",
 }
 
 
 def plain_loss(pair: Pair, base: nn.Module, projection: nn.Linear, batch: Batch) -> Tensor:
-    """The loss by the equations as they are published: nothing is saved.
+    """Compute the loss by the published equations, without optimizations.
 
     Args:
-        pair: Of it the assistant.
+        pair: The models, of which only the assistant is used.
         base: The base.
         projection: W and b, float32.
         batch: Prompts and responses.
@@ -75,14 +75,14 @@ def plain_loss(pair: Pair, base: nn.Module, projection: nn.Linear, batch: Batch)
 def floor_loss(
     pair: Pair, projection: nn.Linear, batch: Batch, hidden: Tensor | None = None, mark: Mark | None = None
 ) -> Tensor:
-    """The same loss by the fewest operations: gradient only from the thoughts on, logits only of the response.
+    """Compute the same loss with the fewest operations: gradient from the thoughts on, logits of the response only.
 
     Args:
         pair: Base and assistant.
         projection: W and b, float32.
         batch: Prompts and responses.
-        hidden: The assistant's hidden states `(B, N, H_assistant)`; `None`: the assistant reads.
-        mark: Called with the name of each part when it is done.
+        hidden: The assistant's hidden states `(B, N, H_assistant)`; `None`: run the assistant.
+        mark: Called with the name of each part when it is finished.
     """
     base, num = pair.base, batch.num_thoughts
     mark = mark or (lambda part: None)
@@ -115,18 +115,18 @@ def floor_loss(
 
 @torch.no_grad()
 def assistant_states(pair: Pair, ids: Tensor, mask: Tensor, num: int) -> Tensor:
-    """Last hidden states of the assistant's backbone at the last `num` of left-padded columns: `(B, num, H)`."""
+    """Return the assistant's last hidden states at the last `num` positions of left-padded rows: `(B, num, H)`."""
     states = pair.assistant.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     return states.last_hidden_state[:, -num:]
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position ids `(B, L)` that count what is attended."""
+    """Return position ids `(B, L)` that count attended tokens."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def backward(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """A step of forward and backward, with the gradients of the step before it gone."""
+    """Return a step that clears gradients, then runs forward and backward."""
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -138,12 +138,12 @@ def backward(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 
 def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict[str, Step]:
-    """All rivals on one batch, each with modules of its own around the same weights.
+    """Return the steps of all methods on one batch, each with its own modules around shared weights.
 
     Args:
         pair: The models.
         batch: Prompts and responses.
-        only: Names of those that are wanted; `None`: all.
+        only: Names of the methods; `None`: all.
     """
     num, projection = batch.num_thoughts, projection_of(attach(pair, batch.num_thoughts))
     makers: dict[str, Callable[[], Step]] = {
@@ -164,20 +164,20 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
 
 
 def lora(pair: Pair) -> PeftModel:
-    """A twin of the base with PEFT's LoRA."""
+    """Return a twin of the base with PEFT's LoRA."""
     config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     return get_peft_model(twin(pair.base), config)
 
 
 def prompt_tuning(pair: Pair, num: int) -> PeftModel:
-    """A twin of the base with PEFT's prompt tuning, `num` virtual tokens."""
+    """Return a twin of the base with PEFT's prompt tuning and `num` virtual tokens."""
     return get_peft_model(twin(pair.base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num))
 
 
 def cached(model: PeftModel, batch: Batch) -> PeftModel:
-    """A model that looks the thoughts of a batch up in a file, as its users have it."""
+    """Let a model use precomputed thoughts of a batch from a file."""
     rows = datasets.Dataset.from_dict({name: rows.tolist() for name, rows in batch.rows.items()})
-    with tempfile.TemporaryDirectory() as folder:  # the file is mapped, and readable to the end
+    with tempfile.TemporaryDirectory() as folder:  # the file is memory-mapped and stays readable
         file = f"{folder}/thoughts.arrow"
         use_thoughts(model, rows.map(compute_thoughts(model), batched=True, batch_size=16, cache_file_name=file))
     return model
@@ -208,13 +208,13 @@ def _base(pair: Pair, batch: Batch) -> Step:
 
 
 def training(model: M) -> M:
-    """A model as `Trainer` has it while it trains: in training mode, its config without a cache."""
+    """Set a model up as in `Trainer`: training mode, and no cache in the config."""
     model.config.use_cache = False
     return model.train()
 
 
 def floor_parts(pair: Pair, projection: nn.Linear, batch: Batch) -> dict[str, float]:
-    """Seconds of each part of one step of the floor, one after the other."""
+    """Measure the seconds of each part of one step of the floor."""
     parts, before = dict[str, float](), timer()
 
     def mark(part: str) -> None:

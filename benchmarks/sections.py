@@ -1,4 +1,4 @@
-"""The measurements, each a part of the results: plain data with every single time, so that pages can be made anew."""
+"""The measurements. Each returns plain data with all times, so that the page can be regenerated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, t
 from .sizes import Case, Size
 from .timing import interleave, multiplications, own
 
-FORMAT = 3  # of the results; those of another one are measured anew
+FORMAT = 3  # of the results; results in another format are measured again
 GROWING = (rivals.SOFTCOT, rivals.PLAIN, rivals.FLOOR, rivals.BASE)
 BATCHED, SINGLE, WAITING = "in batches", "one at a time", "in batches, all rows to the end"
 EQUAL, UNEQUAL = "answers of one length", "answers as long as GSM8K's"
@@ -28,8 +28,8 @@ class Bench:
 
     Args:
         size: Models and batches.
-        device: Where they are.
-        repeats: Rounds of each measurement.
+        device: Device of the models.
+        repeats: Rounds per measurement.
     """
 
     size: Size
@@ -38,26 +38,26 @@ class Bench:
 
     @cached_property
     def pair(self) -> Pair:
-        """The models, made when they are first needed."""
+        """The models, created on first use."""
         return make_pair(self.size, self.device)
 
     def parameters(self) -> dict[str, int]:
-        """How many weights the models have."""
+        """Return the number of parameters of each model."""
         return {"base": self.pair.base.num_parameters(), "assistant": self.pair.assistant.num_parameters()}
 
     def batch(self, case: Case) -> Batch:
-        """A training batch."""
+        """Create a training batch."""
         return make_batch(case, self.size.vocabulary, self.pair.device)
 
     def time(self, actions: dict[str, Callable[[], Any]], what: str, **options: Any) -> dict[str, list[float]]:
-        """Times of rivals, side by side in every round."""
+        """Measure times, with all methods in every round."""
         return interleave(actions, options.pop("repeats", self.repeats), what, **options)
 
 
 def training(bench: Bench) -> list[dict[str, Any]]:
-    """Each case: time, memory and multiplications of every rival's step, and the floor's parts.
+    """Measure time, memory and multiplications of every method's step for each case, and the parts of the floor.
 
-    Rivals that are a few hundredths apart are timed alone once more, in more rounds.
+    Methods that differ by a few percent are timed again without the others, in more rounds.
     """
     found = []
     for case in bench.size.cases:
@@ -72,7 +72,7 @@ def training(bench: Bench) -> list[dict[str, Any]]:
                 "case": asdict(case),
                 "text": str(case),
                 "seconds": times,
-                # without the others, after whose large tensors the next step takes longer
+                # without the others, whose large tensors slow down the next step
                 "near_seconds": bench.time(near, f"{case}, near ones", repeats=2 * bench.repeats),
                 "peak_bytes": {name: peak(step, bench.pair.device) for name, step in steps.items()},
                 "multiplications": {name: multiplications(step) for name, step in steps.items()},
@@ -83,7 +83,7 @@ def training(bench: Bench) -> list[dict[str, Any]]:
 
 
 def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
-    """Seconds and peak bytes of a step against the number of thoughts, the prompt's length and the batch."""
+    """Measure seconds and peak bytes of a step by number of thoughts, prompt length and batch size."""
     found: dict[str, list[dict[str, Any]]] = {}
     for field, values in bench.size.grow.items():
         found[field] = []
@@ -97,9 +97,9 @@ def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
 
 
 def evaluation(bench: Bench) -> dict[str, Any]:
-    """Seconds of answering all questions in batches and one at a time; peak bytes of the batch with the longest.
+    """Measure the seconds to answer all questions in batches and one at a time, and peak bytes of the longest batch.
 
-    Once with answers as long as GSM8K's, and once with as many tokens in all, but as many in each answer.
+    Answers have either the lengths of GSM8K's, or equal lengths with the same total.
     """
     size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
     questions = answering.make_questions(size.questions, size.longest_answer, size.vocabulary)
@@ -125,7 +125,7 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     actions = {", ".join(parts): action(*parts) for parts in wanted}
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
     for ask in asks.values():
-        answering.answer(ask, longest, device)  # warms up; a whole round would take long
+        answering.answer(ask, longest, device)  # warm-up; a whole round would take too long
     return {
         "questions": size.questions,
         "longest": size.longest_answer,
@@ -140,7 +140,7 @@ def evaluation(bench: Bench) -> dict[str, Any]:
 
 
 def generation(bench: Bench) -> dict[str, Any]:
-    """`generate` and its single steps, with the adapter, with it disabled, and without."""
+    """Measure `generate` and its single steps with the adapter, with the adapter disabled, and without it."""
     size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
     questions = answering.make_questions(size.questions_at_once, size.longest_answer, size.vocabulary)
     model = answering.disabled(bench.pair, num)
@@ -161,7 +161,7 @@ def generation(bench: Bench) -> dict[str, Any]:
         return {name: partial(function, ask, questions[:rows], *options, device) for name, ask in asks.items()}
 
     def step(rows: int, what: str) -> dict[str, list[float]]:
-        # a short answer and more rounds: what else the machine does changes from second to second
+        # short answers and more rounds, because the load of the machine changes from second to second
         tokens, repeats = size.longest_answer // 4 + 1, 2 * bench.repeats
         return bench.time(each(answering.step_seconds, rows, tokens), what, clock=own, repeats=repeats)
 
@@ -183,7 +183,7 @@ def generation(bench: Bench) -> dict[str, Any]:
 
 
 def start(bench: Bench) -> dict[str, Any]:
-    """The import's seconds, its slowest modules, and the files that loading reads."""
+    """Measure the import, find its slowest modules, and record the files read while loading."""
     return {
         "seconds": starting.import_seconds(bench.size.processes),
         "slowest": starting.slowest_imports(),

@@ -1,4 +1,4 @@
-"""How large the models and batches are that are measured, from seconds to an hour. It knows no models."""
+"""Sizes of models and batches, from seconds to an hour of run time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Case:
     """The shape of a training batch.
 
     Args:
-        batch: Rows.
+        batch: Number of rows.
         prompt: Tokens of the longest prompt.
         thoughts: N.
         response: Tokens of the longest response.
-        ragged: Whether rows differ in length, from half the longest on; else all are as long as the longest.
+        ragged: Whether rows differ in length, from half of the longest; otherwise all rows have the same length.
     """
 
     batch: int
@@ -35,17 +35,17 @@ class Size:
 
     Args:
         base: Fields of the base's Llama config.
-        assistant: Fields of the assistant's.
-        vocabulary: Ids of both.
+        assistant: Fields of the assistant's Llama config.
+        vocabulary: Vocabulary size of both models.
         case: The training batch.
-        grow: Numbers of thoughts, prompt lengths and batch sizes that training is measured with, the others staying.
-        questions: Prompts of the evaluation.
-        questions_at_once: Rows of its batches.
-        longest_answer: Most tokens of an answer.
-        repeats: Rounds of each measurement.
-        processes: Fresh processes that time the import.
-        dtype: Of both models.
-        cuda_only: Whether it is beyond a CPU.
+        grow: Numbers of thoughts, prompt lengths and batch sizes to measure, each varied alone.
+        questions: Number of prompts of the evaluation.
+        questions_at_once: Rows per batch of the evaluation.
+        longest_answer: Maximum number of tokens of an answer.
+        repeats: Rounds per measurement.
+        processes: Number of new processes that time the import.
+        dtype: Dtype of both models.
+        cuda_only: Whether the size is too large for a CPU.
     """
 
     base: dict[str, Any]
@@ -79,7 +79,7 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 
 
 SIZES = {
-    # a few seconds; its figures say nothing but that everything runs
+    # a few seconds; only checks that everything runs
     "smoke": Size(
         base=_llama(32, 48, 2, 4, 2),
         assistant=_llama(24, 32, 2, 2, 1),
@@ -92,7 +92,7 @@ SIZES = {
         repeats=2,
         processes=1,
     ),
-    # some minutes
+    # a few minutes
     "small": Size(
         base=_llama(256, 704, 6, 4, 2),
         assistant=_llama(128, 352, 4, 2, 2),
@@ -103,7 +103,7 @@ SIZES = {
         repeats=7,
         processes=9,
     ),
-    # 56 M and 21 M parameters with GPT-2's vocabulary; an hour
+    # 56 M and 21 M parameters with GPT-2's vocabulary; one hour
     "issue": Size(
         base=_llama(384, 1024, 11, 6, 3),
         assistant=_llama(192, 512, 5, 3, 3),

@@ -1,4 +1,4 @@
-"""What it takes to begin: the import, in fresh processes, and the files that loading an adapter reads."""
+"""Start-up cost: the import, in new processes, and the files read while loading an adapter."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import softcot_peft
 from .models import config_of, make_pair, make_tokenizer
 from .sizes import SIZES
 
-# The import of the package is timed in the process that has just imported peft: the difference of two processes, each
-# of seconds, would be lost in their noise.
+# The import of the package is timed in a process that has just imported PEFT, because the difference between two
+# processes that take seconds each would be smaller than their noise.
 _IMPORTS = """
 from time import perf_counter
 start = perf_counter()
@@ -35,18 +35,18 @@ _LINE = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")
 
 
 def import_seconds(processes: int) -> dict[str, list[float]]:
-    """Seconds of `import peft` and of `import softcot_peft` after it, each time in a fresh process."""
+    """Measure the seconds of `import peft`, and of `import softcot_peft` after it, in new processes."""
     times: dict[str, list[float]] = {"import peft": [], "import softcot_peft": []}
     for _ in trange(-1, processes, desc="import", leave=False, unit="process"):
         for name, value in zip(times, _python("-c", _IMPORTS).stdout.split(), strict=True):
             times[name].append(float(value))
-    return {name: found[1:] for name, found in times.items()}  # the first one may have compiled bytecode
+    return {name: found[1:] for name, found in times.items()}  # the first process may have compiled bytecode
 
 
 def slowest_imports(number: int = 5) -> dict[str, float]:
-    """Modules that the package imports after peft, and the seconds of each alone, the slowest first."""
+    """Return the modules that the package imports after PEFT and their own seconds, slowest first."""
     report = _python("-X", "importtime", "-c", "import peft, softcot_peft").stderr
-    found = [(match[2], int(match[1]) / 1e6) for match in _LINE.finditer(report)]  # in the order they were done
+    found = [(match[2], int(match[1]) / 1e6) for match in _LINE.finditer(report)]  # in import order
     after = found[[name for name, _ in found].index("peft") + 1 :]
     return dict(sorted(after, key=lambda item: -item[1])[:number])
 
@@ -58,18 +58,18 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def files_read() -> dict[str, dict[str, list[str]]] | None:
-    """Which files of an adapter and of its assistant are read when it is loaded, and when it first runs.
+    """Record which files of an adapter and its assistant are read on loading and on first use.
 
-    Told by the files' times of access, with models of a few kilobytes, since names do not depend on sizes.
+    Uses the files' access times, with models of a few kilobytes, because file names do not depend on sizes.
 
     Returns:
-        For "loading" and "first use" the names of the files in the folders "adapter" and "assistant"; `None` on a
-        file system that keeps no times of access.
+        For "loading" and "first use", the names of the files read in the folders "adapter" and "assistant"; `None` if
+        the file system does not record access times.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _save_pair(root)
-        gc.collect()  # adapters share an assistant as long as one of them lives
+        gc.collect()  # adapters share an assistant while one of them exists
         if not _keeps_times(root / "adapter" / "README.md"):
             return None
         base, found = AutoModelForCausalLM.from_pretrained(root / "base"), {}
@@ -84,7 +84,7 @@ def files_read() -> dict[str, dict[str, list[str]]] | None:
 
 
 def _save_pair(root: Path) -> None:
-    """A tiny base, its assistant, and an adapter with what a trainer leaves beside it."""
+    """Save a tiny base, its assistant, and an adapter with the files of a trainer."""
     pair = make_pair(SIZES["smoke"], "cpu")
     pair.base.save_pretrained(root / "base")
     pair.assistant.save_pretrained(root / "assistant")
@@ -101,7 +101,7 @@ def _keeps_times(file: Path) -> bool:
 
 
 def _forget(folder: Path) -> None:
-    """Set all times of access back to one that no reading can leave; `relatime` mounts renew those."""
+    """Reset all access times to the distant past; `relatime` mounts update such times on the next read."""
     for file in folder.rglob("*"):
         os.utime(file, (_LONG_AGO, file.stat().st_mtime))
 

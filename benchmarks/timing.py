@@ -1,4 +1,4 @@
-"""Times rivals in rounds, so that what else the machine does falls on all of them alike; counts multiplications."""
+"""Times methods in rounds, so that other load affects all of them equally, and counts multiplications."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ Clock = Callable[[Callable[[], Any]], float]
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    """Seconds that an action takes, until the accelerator has done its work too."""
+    """Return the seconds of an action, synchronized with the accelerator."""
     before = timer()
     action()
     return timer() - before
 
 
 def own(action: Callable[[], float]) -> float:
-    """What an action has timed itself."""
+    """Return the time that an action has measured itself."""
     return action()
 
 
 def interleave(
     actions: Mapping[str, Callable[[], Any]], repeats: int, what: str, clock: Clock = seconds, warmup: int = 1
 ) -> Times:
-    """Time actions in rounds, each in an order of chance, so that none always follows the same one.
+    """Time actions in rounds, each in random order, so that no action always follows the same one.
 
-    Not with `torch.utils.benchmark.Timer`: it times one statement after the other, and warms up before each.
+    `torch.utils.benchmark.Timer` does not do this: it times one statement after another, with a warm-up before each.
 
     Args:
-        actions: What is timed, by name.
-        repeats: Rounds.
-        what: Shown beside the progress bar.
-        clock: Gives the seconds of an action.
-        warmup: Rounds before, which are not counted.
+        actions: Actions to time, by name.
+        repeats: Number of rounds.
+        what: Label of the progress bar.
+        clock: Function that returns the seconds of an action.
+        warmup: Number of initial rounds that are not counted.
     """
     times: Times = {name: [] for name in actions}
     chance = Random(0)
     gc.collect()
     for _ in trange(-warmup, repeats, desc=what, leave=False, unit="round"):
-        gc.disable()  # as timeit does: collections fall on whoever runs when they are due
+        gc.disable()  # as in timeit: garbage collection would be attributed to an arbitrary action
         try:
             for name in chance.sample(list(actions), len(actions)):
                 times[name].append(clock(actions[name]))
@@ -59,7 +59,7 @@ def interleave(
 
 
 class _Counting(TorchDispatchMode):
-    """Counts multiplications of matrix products; `FlopCounterMode` would read every output, logits to come too."""
+    """Counts multiplications of matrix products; `FlopCounterMode` would read every output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Counting(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if func.overloadpacket in _PRODUCTS:
             count = flop_registry[func.overloadpacket]
-            self.counted += count(*args, **(kwargs or {}), out_val=found) // 2  # and as many sums
+            self.counted += count(*args, **(kwargs or {}), out_val=found) // 2  # without the additions
         return found
 
 
@@ -77,7 +77,7 @@ _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
 
 
 def multiplications(action: Callable[[], Any]) -> int:
-    """Multiplications of matrix products, forward and backward: the linear layers; attention's kernels are fused."""
+    """Count multiplications of matrix products, forward and backward. Fused attention kernels are not included."""
     with _Counting() as counting:
         action()
     return counting.counted
@@ -93,7 +93,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of some values; of a single one it is nothing."""
+        """Return the spread of values; it is zero for a single value."""
         low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median(values), low, high)
 
@@ -102,5 +102,5 @@ class Spread:
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
-    """The spread of the ratios of two rivals, each of one round."""
+    """Return the spread of the ratios of two methods, each from one round."""
     return Spread.of([one / other for one, other in zip(times[name], times[to], strict=True)])

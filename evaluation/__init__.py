@@ -1,1 +1,1 @@
-"""Evaluation tasks: files for lm-evaluation-harness, and what reads the answers out of what models write."""
+"""Evaluation tasks for lm-evaluation-harness, and the extraction of answers from generated text."""

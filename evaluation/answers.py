@@ -1,13 +1,14 @@
-r"""What a model answered: a number, an option letter, yes or no, a date.
+r"""Extraction of answers from generated text: numbers, option letters, yes or no, and dates.
 
-Every rule takes what the model wrote and gives a canonical string, equal for equal answers, or None. In this order:
+Each function returns a canonical string, equal for equal answers, or None. It searches in this order:
 
-1. The last *statement* that can be read ("Answer: X", "the answer is X", "#### X", "\boxed{X}"), whatever follows it.
-   A formal one ("Answer: unclear") that cannot be read and closes the text means that nothing was answered.
-2. An answer that opens the text ("Yes. Pears float.", "B because ..."); not for numbers and dates.
-3. The last number or date; the last letter that looks like an option's; the last yes or no that is no determiner.
+1. The last *statement* that can be parsed ("Answer: X", "the answer is X", "#### X", "\boxed{X}"), even if text
+   follows. A formal statement ("Answer: unclear") that cannot be parsed and ends the text means that there is no
+   answer.
+2. An answer at the start of the text ("Yes. Pears float.", "B because ..."); not for numbers and dates.
+3. The last number or date, the last letter that looks like an option, or the last yes or no that is not a determiner.
 
-lm-evaluation-harness loads this file by its path, so it imports nothing of the project. Its filters are at the end:
+lm-evaluation-harness loads this file by its path, so it imports nothing from the project. The filters are at the end:
 `extract_*`, then `take_first_k` for a vote over k samples, then `answered`, `majority_vote`, `take_first`.
 """
 
@@ -20,12 +21,12 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, TypeVar
 
-INVALID = "[invalid]"  # what a filter gives for a text without an answer; no gold answer is this
+INVALID = "[invalid]"  # result of a filter for a text without an answer; never a gold answer
 LETTERS = "ABCDE"
 T = TypeVar("T")
 Reader = Callable[[str], "str | None"]
 
-# Statements. What a pattern repeats is bounded or disjoint, so that garbage takes linear time.
+# Statements. Repetitions in patterns are bounded or disjoint, so any text takes linear time.
 
 CLEANING = [
     (r"\*\*|__|`|\\[()\[\]]", " "),  # emphasis and the delimiters of formulas
@@ -35,7 +36,7 @@ CLEANING = [
     ("\u00bd", " 1/2"),
     (r"\\(?:text|math)[a-z]*\s?\{([^{}]*)\}", r"\1"),
 ]
-# The group `formal` is set where an answer must follow; "the answer is clear from the text" need not hold one.
+# The group `formal` matches if an answer must follow; "the answer is clear from the text" need not contain one.
 STATED = r"""
     (?P<formal> (?<!\#)\#{4} (?!\#) | \\boxed\s?\{
               | \bans(?:wer)?s?\b (?:\s?\([^()\n]{0,40}\))? [\s*]{0,4} [:=])
@@ -47,12 +48,12 @@ FILLERS = r"""(?:\W{0,4}\b(?:the|option|choice|letter|answer|correct|right|best|
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern written with comments and spaces, in any case of letters, `^` and `$` at lines."""
+    """Compile a verbose, case-insensitive, multiline pattern."""
     return re.compile(pattern, re.VERBOSE | re.IGNORECASE | re.MULTILINE)
 
 
 def stated(text: str, marks: re.Pattern[str], read: Reader) -> str | None:
-    """The last readable statement; `INVALID` if the text closes with a formal one that is not readable."""
+    """Return the last parsable statement; `INVALID` if the text ends with a formal one that cannot be parsed."""
     answer, last_word = None, len(text)
     while last_word and not text[last_word - 1].isalnum():
         last_word -= 1
@@ -67,7 +68,7 @@ def stated(text: str, marks: re.Pattern[str], read: Reader) -> str | None:
 
 
 def answer_in(text: str, marks: re.Pattern[str], read: Reader, otherwise: Reader) -> str | None:
-    """What `read` finds in the last statement, or else what `otherwise` finds in the text."""
+    """Return the result of `read` for the last statement, else the result of `otherwise` for the text."""
     for pattern, new in CLEANING:
         text = re.sub(pattern, new, text)
     found = stated(text, marks, read)
@@ -75,18 +76,18 @@ def answer_in(text: str, marks: re.Pattern[str], read: Reader, otherwise: Reader
 
 
 def first(found: Iterable[T | None]) -> T | None:
-    """The first that is something."""
+    """Return the first true value, or None."""
     return next(filter(None, found), None)
 
 
 def last(found: Iterable[T | None]) -> T | None:
-    """The last that is something."""
+    """Return the last true value, or None."""
     return first(reversed(list(found)))
 
 
-# Dates, and what statements of dates and of numbers share
+# Dates, and patterns shared with numbers
 
-# "Answer: Ann had 5 eggs. She ..." states no number yet: reasoning begins with two words, and goes on.
+# "Answer: Ann had 5 eggs. She ..." states no number yet: reasoning starts with two words and continues.
 REASONING = r"\W{0,9} (?: step\b | not\W{1,3}\d | [^\W\d]{1,30} \W{1,3} [^\W\d] [^\n]{0,300}? [.!?\n] \W{0,9}\w )"
 MARKS = compiled(rf"(?:{STATED}) (?!{REASONING})")
 MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
@@ -100,7 +101,7 @@ DATE = compiled(rf"""(?<![^\W_])(?<![/.-])(?:
 
 
 def dates(text: str) -> Iterator[str | None]:
-    """All dates as MM/DD/YYYY; None for one that is in no calendar."""
+    """Yield all dates as MM/DD/YYYY; None for an impossible date."""
     for match in DATE.finditer(text):
         year, month, day = ("".join(match[f"{part}{form}"] or "" for form in (1, 2, 3, 4)) for part in "ymd")
         try:
@@ -113,15 +114,15 @@ def dates(text: str) -> Iterator[str | None]:
 
 
 def date(text: str) -> str | None:
-    """A date as MM/DD/YYYY; of 05/01/2021, May 1, 2021, 1 May 2021 and 2021-05-01. Month before day; years in full."""
+    """Return a date as MM/DD/YYYY. Parses 05/01/2021 (month first), May 1, 2021, 1 May 2021 and 2021-05-01."""
     return answer_in(text, MARKS, lambda part: first(dates(part)), lambda whole: last(dates(whole)))
 
 
 # Numbers
 
 AMOUNT = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-# The first line holds times, ratios, versions, telephone numbers and the like, which are no numbers.
-# A minus is a sign only where nothing stands before it that it could be subtracted from.
+# The first line matches times, ratios, versions, telephone numbers, etc., which are not numbers.
+# A minus is a sign only if nothing before it could be a minuend.
 NUMBER = compiled(rf"""
     (?P<other> \d+(?::\d+)+ | \d+(?:\.\d+){{2,}} | \d+(?:[/-]\d+){{2,}}(?!\.?\d) )
   | (?P<sign> (?<![\w).%])[-\u2212] )? \(? (?:[$€£¥₹]\s?)?
@@ -132,8 +133,8 @@ ONE_NUMBER = compiled(rf"(?:{NUMBER.pattern})\)? (?:\s*\([^()]*\))?")
 
 
 def value(match: re.Match[str]) -> str | None:
-    """The canonical string of one match of `NUMBER`."""
-    if match["other"] or match.end() - match.start() > 60:  # so many digits are garbage, and slow to convert
+    """Return the canonical string of a match of `NUMBER`."""
+    if match["other"] or match.end() - match.start() > 60:  # numbers this long are garbage and slow to convert
         return None
     over, under = (Fraction((match[part] or "1").replace(",", "")) for part in ("over", "under"))
     if under == 0:
@@ -143,37 +144,37 @@ def value(match: re.Match[str]) -> str | None:
 
 
 def stated_number(part: str) -> str | None:
-    """The first number of a statement, or what it is reckoned to: 8 of "5 + 3 = 8 eggs (2 more than 6)"."""
+    """Return the first number of a statement, or its calculated result: 8 for "5 + 3 = 8 eggs (2 more than 6)"."""
     numbers = list(NUMBER.finditer(part))
     ends = [m for m, after in pairwise(numbers) if not JOINED.match(part[m.end() : after.start()])]
     return first(map(value, ends + numbers[-1:]))
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text."""
+    """Return the last number of a text."""
     return last(map(value, NUMBER.finditer(text)))
 
 
 def number(text: str) -> str | None:
-    """A number as an integer or a reduced fraction: "1234", "-3", "1/2".
+    """Return a number as an integer or a reduced fraction: "1234", "-3", "1/2".
 
-    Commas, currencies and units are dropped; so are "%" and "million", as in GSM8K's own answers. "1 1/2" and "1e6"
-    are read. Of "3-5" the last number counts, as of "10-4". No numbers: 3:30, 2:3, 2.5.3, 05/01/2021, seven.
+    Commas, currencies and units are dropped, as well as "%" and "million", as in GSM8K's own answers. "1 1/2" and
+    "1e6" are parsed. In "3-5", the last number counts, as in "10-4". Not numbers: 3:30, 2:3, 2.5.3, 05/01/2021, seven.
     """
     return answer_in(DATE.sub(" ", text), MARKS, stated_number, last_number)
 
 
 def asdiv_gold(answer: str) -> str | None:
-    """The gold of a row of ASDiv where it is one number, "9 (apples)"; None for a row to leave out.
+    """Return the gold answer of a row of ASDiv if it is one number, "9 (apples)"; None for rows to omit.
 
-    Of the 2,305 rows, 2,093 hold one number. The others would each need a rule of their own: 90 several values
-    (8; 40), 57 names, yes and no, or other words, 43 ratios (5:6), 18 times of day, 3 ordinals (1st), 1 day of a year.
+    2,093 of the 2,305 rows have one number. The others would need separate rules: 90 have several values (8; 40), 57
+    have names, yes or no, or other words, 43 ratios (5:6), 18 times of day, 3 ordinals (1st), 1 a day of a year.
     """
     match = ONE_NUMBER.fullmatch(answer.strip())
     return value(match) if match else None
 
 
-# Yes or no. "Chanel No. 5", "no one", "yes-men" and "know" hold none.
+# Yes or no. "Chanel No. 5", "no one", "yes-men" and "know" contain neither.
 
 YES_NO = r"""(?<!not\s)(?<![\w'\u2019-]) (?P<word>yes|no)\b
     (?! [-'\u2019]\w | \s(?:one|longer|more)\b )"""
@@ -184,7 +185,7 @@ YES_NO_ALONE = compiled(rf"{YES_NO} (?!\.\s?\d) (?=\s{{0,3}}(?:[^\w\s]|$))")
 
 
 def word_reader(opening: re.Pattern[str]) -> Reader:
-    """Reads the yes or no that a text opens with, else its last one."""
+    """Return a reader of the yes or no at the start of a text, else of its last one."""
 
     def read(text: str) -> str | None:
         match = opening.match(text) or last(YES_NO_ALONE.finditer(text))
@@ -194,11 +195,11 @@ def word_reader(opening: re.Pattern[str]) -> Reader:
 
 
 def yes_no(text: str) -> str | None:
-    """Either "yes" or "no"."""
+    """Return "yes", "no" or None."""
     return answer_in(text, YES_NO_MARKS, word_reader(YES_NO_STATED), word_reader(YES_NO_OPENING))
 
 
-# Option letters. "vitamin C.", "A dog", "not (B)" and a list of all options hold none.
+# Option letters. "vitamin C.", "A dog", "not (B)" and a list of all options contain none.
 
 LETTER = r"""(?: \((?P<bracketed>[a-e])\) | (?P<bare>[a-e])\b (?![-'\u2019]\w|\.\w)
     (?! (?<=a)\s+(?!(?:because|since|as|is|for)\b)\w ) )"""  # "A because", but not "a dog"
@@ -220,7 +221,7 @@ WORDS = re.compile(r"\d+(?:[.,]\d+)*|\w+|[^\w\s.,;:!?\"'()$]")
 
 
 def unlisted(text: str) -> str:
-    """The text with the letters of restated options, (A) ... (B) ..., blanked."""
+    """Return the text with the letters of restated options, (A) ... (B) ..., blanked."""
     marks, characters = list(LISTED.finditer(text)), list(text)
     for run in re.finditer("ABC?D?E?", "".join(mark[1].upper() for mark in marks)):
         for mark in marks[run.start() : run.end()]:
@@ -229,12 +230,12 @@ def unlisted(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Words, numbers and symbols to compare texts by, without an article before them."""
+    """Split a text into words, numbers and symbols for comparison, without a leading article."""
     return WORDS.findall(re.sub(r"^\s*(?:an?|the)\s", "", text.lower()))
 
 
 def option_of(part: str, options: Sequence[str]) -> str | None:
-    """The letter of the one option that a statement begins with, or that begins with the statement (36 of "36 km")."""
+    """Return the letter of the only option that starts the statement, or starts with it (36 for "36 km")."""
     said, texts = words(part), [words(option) for option in options]
     whole = [len(text) * (said[: len(text)] == text) for text in texts]
     lengths = whole if any(whole) else [len(said) * (text[: len(said)] == said) for text in texts]
@@ -242,7 +243,7 @@ def option_of(part: str, options: Sequence[str]) -> str | None:
 
 
 def letter(text: str, options: Sequence[str] = LETTERS) -> str | None:
-    """A letter of A to E; given the texts of the options, a statement of one option's text also counts."""
+    """Return a letter from A to E. With the texts of the options, a statement of an option's text also counts."""
 
     def picked(match: re.Match[str] | None) -> str | None:
         found = (match["bracketed"] or match["bare"]).upper() if match else ""
@@ -261,14 +262,14 @@ def letter(text: str, options: Sequence[str] = LETTERS) -> str | None:
     return answer_in(text, LETTER_MARKS, read, opening_or_last)
 
 
-# Filters of lm-evaluation-harness: `resps` holds each document's texts, what they give its answers.
+# Filters of lm-evaluation-harness. They map the generated texts of each document (`resps`) to answers.
 
 Texts = Iterable[Iterable[str]]
 Docs = Sequence[Mapping[str, Any]]
 
 
 def extractor(read: Reader) -> Callable[[Texts, Docs], list[list[str]]]:
-    """A filter that reads every text."""
+    """Return a filter that applies `read` to every text."""
     return lambda resps, docs: [[read(text) or INVALID for text in texts] for texts in resps]
 
 
@@ -276,20 +277,20 @@ extract_numbers, extract_yes_no, extract_dates = map(extractor, (number, yes_no,
 
 
 def option_texts(doc: Mapping[str, Any]) -> Sequence[str]:
-    """The options of a document, `options: ["A)36", ...]` or `choices: {"text": ["bank", ...]}`, without letters."""
+    """Return a document's options (`options: ["A)36", ...]` or `choices: {"text": ["bank", ...]}`) without letters."""
     texts = doc.get("options") or doc.get("choices", {}).get("text") or LETTERS
     return texts if texts == LETTERS else [re.sub(r"^\(?[A-E]\)\s*", "", text) for text in texts]
 
 
 def extract_letters(resps: Texts, docs: Docs) -> list[list[str]]:
-    """Read option letters; the texts of a document's options help."""
+    """Extract option letters, using the texts of the document's options."""
     pairs = zip(resps, map(option_texts, docs), strict=True)
     return [[letter(text, options) or INVALID for text in texts] for texts, options in pairs]
 
 
 def answered(resps: Texts, docs: Docs) -> list[list[str]]:
-    """Drop what could not be read before a vote, so that it does not outvote what could; keep one if nothing is left.
+    """Drop invalid answers before a vote, so they do not outvote valid ones; keep one if all are invalid.
 
-    Lists get shorter, so `take_first_k` stands before this. `majority_vote` gives ties to the answer that came first.
+    Lists get shorter, so `take_first_k` must come first. `majority_vote` resolves ties in favour of the first answer.
     """
     return [[answer for answer in answers if answer != INVALID] or [INVALID] for answers in resps]

@@ -1,9 +1,9 @@
-"""The data of the tasks, from the Hub or from local files, all in one shape.
+"""The data of the tasks, from the Hub or from local files, in a common format.
 
-A row has `question`, `options` (texts without letters, or none), `answer` (canonical, see `answers.py`) and
-`solution`, what an example of a few-shot prompt answers. A local folder has one folder for each data set, with the
-publishers' own files; `_half` may stand in a name where a file holds a part. lm-evaluation-harness calls these
-functions with a task's metadata.
+A row has `question`, `options` (texts without letters, or empty), `answer` (canonical; see `answers.py`) and
+`solution` (the response in few-shot examples). A local folder has one subfolder per data set, with the publisher's
+original files; a name may contain `_half` if the file has only a part. lm-evaluation-harness calls these functions
+with a task's metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-# lm-evaluation-harness loads this file by its path, from where `evaluation` cannot be imported.
+# lm-evaluation-harness loads this file by its path, so `evaluation` cannot be imported otherwise.
 sys.path.append(str(Path(__file__).parents[1]))
 from evaluation.answers import asdiv_gold, date, number
 from evaluation.augment import variants
@@ -28,10 +28,10 @@ Read = Callable[[dict[str, Any]], "Row | None"]
 
 
 def local_file(data_dir: str, folder: str, *names: str) -> Path:
-    """The first of some files that a folder holds.
+    """Return the first of some files that exists in a folder.
 
     Raises:
-        FileNotFoundError: It holds none.
+        FileNotFoundError: If none exists.
     """
     paths = [Path(data_dir) / folder / name for name in names]
     for path in paths:
@@ -39,20 +39,20 @@ def local_file(data_dir: str, folder: str, *names: str) -> Path:
             return path
     raise FileNotFoundError(
         f"`data_dir` must hold {' or '.join(f'{folder}/{name}' for name in names)}, found none in {data_dir!r}. Put "
-        "the file there, or leave `data_dir` out to read from the Hub."
+        "the file there, or leave `data_dir` out to load from the Hub."
     )
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file."""
+    """Load the rows of a JSON Lines file."""
     return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
 
 
 def rows(raw: Iterable[dict[str, Any]], read: Read, source: object) -> Dataset:
-    """Rows of one shape; those that `read` leaves out are left out.
+    """Convert rows to the common format; omit rows for which `read` returns None.
 
     Raises:
-        ValueError: A row lacks a field, or none is left.
+        ValueError: If a row lacks a field, or no row is left.
     """
     kept: list[Row] = []
     for place, item in enumerate(raw):
@@ -70,7 +70,7 @@ def rows(raw: Iterable[dict[str, Any]], read: Read, source: object) -> Dataset:
 
 
 def choices(question: str, options: Sequence[str], answer: str) -> Row:
-    """A row with options; the answer is a letter."""
+    """Create a row with options; the answer is a letter."""
     return {"question": question, "options": list(options), "answer": answer}
 
 
@@ -78,7 +78,7 @@ def choices(question: str, options: Sequence[str], answer: str) -> Row:
 
 
 def read_gsm8k(item: dict[str, Any]) -> Row:
-    """`question`, and `answer` with calculator marks and `#### 72` at its end."""
+    """Read `question`, and `answer` with calculator annotations and `#### 72` at the end."""
     worked, _, answer = re.sub(r"<<.*?>>", "", item["answer"]).rpartition("####")
     canonical = number(answer)
     return {
@@ -89,7 +89,7 @@ def read_gsm8k(item: dict[str, Any]) -> Row:
 
 
 def gsm8k(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Splits `train` and `test`; Cobbe et al. 2021, arXiv 2110.14168."""
+    """Load the splits `train` and `test`; Cobbe et al. 2021, arXiv 2110.14168."""
     if data_dir is None:
         raw: Any = load_dataset("openai/gsm8k", "main")
         return DatasetDict({split: rows(raw[split], read_gsm8k, "openai/gsm8k") for split in ("train", "test")})
@@ -102,28 +102,28 @@ def gsm8k(data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def asdiv_raw(data_dir: str | None) -> tuple[list[dict[str, Any]], object]:
-    """Rows with `body`, `question`, `answer` and `formula`, and where they come from."""
+    """Load rows with `body`, `question`, `answer` and `formula`, and return their source."""
     if data_dir is None:
         return list(load_dataset("EleutherAI/asdiv", "asdiv", split="validation")), "EleutherAI/asdiv"
     path = local_file(data_dir, "asdiv", "ASDiv.xml")
-    problems = ET.parse(path).getroot().iter("Problem")  # noqa: S314  # a file of the caller's own
+    problems = ET.parse(path).getroot().iter("Problem")  # noqa: S314  # the caller's own file
     return [{child.tag.lower(): (child.text or "").strip() for child in problem} for problem in problems], path
 
 
 def read_asdiv(item: dict[str, Any]) -> Row | None:
-    """A problem whose answer is one number; the others are left out, see `asdiv_gold`."""
+    """Read a problem whose answer is one number; omit the others, see `asdiv_gold`."""
     answer = asdiv_gold(item["answer"])
     return None if answer is None else {"question": f"{item['body']} {item['question']}", "answer": answer}
 
 
 def asdiv(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`; Miao et al. 2020, arXiv 2106.15772."""
+    """Load the split `test`; Miao et al. 2020, arXiv 2106.15772."""
     raw, source = asdiv_raw(data_dir)
     return DatasetDict({"test": rows(raw, read_asdiv, source)})
 
 
 def asdiv_augmented(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`: problems with other numbers, several of each that allows it; SoftCoT paper, section 4.1."""
+    """Load the split `test`: variants of each suitable problem with other numbers; SoftCoT paper, section 4.1."""
     raw, source = asdiv_raw(data_dir)
     problems = [
         {**item, "text": f"{item['body']} {item['question']}", "place": place} for place, item in enumerate(raw)
@@ -140,13 +140,13 @@ def asdiv_augmented(data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def read_aqua(item: dict[str, Any]) -> Row:
-    """`question`, `options` with their letters ("A)36"), and the letter `correct`."""
+    """Read `question`, `options` with letters ("A)36"), and the letter `correct`."""
     texts = [re.sub(r"^\(?[A-E]\)\s*", "", option) for option in item["options"]]
     return choices(item["question"], texts, item["correct"])
 
 
 def aqua(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`; Ling et al. 2017, arXiv 1705.04146."""
+    """Load the split `test`; Ling et al. 2017, arXiv 1705.04146."""
     if data_dir is None:
         return DatasetDict(
             {"test": rows(load_dataset("deepmind/aqua_rat", "raw", split="test"), read_aqua, "deepmind/aqua_rat")}
@@ -159,10 +159,10 @@ def aqua(data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def big_bench(name: str, canonical: Callable[[str], str | None], data_dir: str | None) -> DatasetDict:
-    """Split `test` of a task of BIG-bench (Srivastava et al. 2022, arXiv 2206.04615) with one right target.
+    """Load the split `test` of a task of BIG-bench (Srivastava et al. 2022, arXiv 2206.04615) with one correct target.
 
-    The Hub's rows have `inputs`, perhaps between "Q:" and "A:", `multiple_choice_targets` and
-    `multiple_choice_scores`; a task's own file has `examples` with `input` and `target_scores`.
+    The Hub's rows have `inputs`, optionally between "Q:" and "A:", `multiple_choice_targets` and
+    `multiple_choice_scores`. The original file has `examples` with `input` and `target_scores`.
     """
 
     def read(item: dict[str, Any]) -> Row:
@@ -183,12 +183,12 @@ def big_bench(name: str, canonical: Callable[[str], str | None], data_dir: str |
 
 
 def strategyqa(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`, answers "yes" and "no"; Geva et al. 2021, arXiv 2101.02235."""
+    """Load the split `test`, with answers "yes" and "no"; Geva et al. 2021, arXiv 2101.02235."""
     return big_bench("strategyqa", str.lower, data_dir)
 
 
 def date_understanding(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`, answers as MM/DD/YYYY; the options are not shown."""
+    """Load the split `test`, with answers as MM/DD/YYYY; the options are not shown."""
     return big_bench("date_understanding", date, data_dir)
 
 
@@ -196,7 +196,7 @@ def date_understanding(data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def read_commonsenseqa(item: dict[str, Any]) -> Row:
-    """`answerKey`, and question and choices in the shape of the publishers' file or of the Hub."""
+    """Read `answerKey`, and question and choices in the format of the original file or of the Hub."""
     if isinstance(item["question"], str):
         return choices(item["question"], item["choices"]["text"], item["answerKey"])
     texts = [choice["text"] for choice in item["question"]["choices"]]
@@ -204,7 +204,7 @@ def read_commonsenseqa(item: dict[str, Any]) -> Row:
 
 
 def commonsenseqa(data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Split `test`, the validation set, as the test set has no answers; Talmor et al. 2019, arXiv 1811.00937."""
+    """Load the validation set as split `test`; the test set has no answers. Talmor et al. 2019, arXiv 1811.00937."""
     if data_dir is None:
         raw: Any = load_dataset("tau/commonsense_qa", split="validation")
         return DatasetDict({"test": rows(raw, read_commonsenseqa, "tau/commonsense_qa")})

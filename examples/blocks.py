@@ -1,4 +1,4 @@
-"""Pages that a command writes: whole files, and blocks between `<!-- name:begin -->` and `<!-- name:end -->`."""
+"""Write generated files, and generated blocks between `<!-- name:begin -->` and `<!-- name:end -->`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from pathlib import Path
 
 
 def write_block(page: Path, name: str, text: str) -> None:
-    """Put a text between the two marks of a page, whole or not at all.
+    """Atomically replace the text between the two markers of a page.
 
     Args:
         page: A Markdown file.
-        name: Of the block.
-        text: Markdown.
+        name: Name of the block.
+        text: Markdown text.
 
     Raises:
-        ValueError: The page does not have both marks once, in their order.
+        ValueError: If the page does not contain both markers once, in this order.
     """
     content = page.read_text(encoding="utf-8")
     before, begin, rest = content.partition(f"<!-- {name}:begin -->\n")
     _, end, after = rest.partition(f"<!-- {name}:end -->\n")
     if not begin or not end or begin in after:
-        raise ValueError(f"{page.name} must have the marks `{name}:begin` and `{name}:end` once each, each on a line.")
+        raise ValueError(
+            f"{page.name} must contain the markers `{name}:begin` and `{name}:end` once each, on separate lines."
+        )
     write_whole(page, f"{before}{begin}{text.strip()}\n{end}{after}")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; its folder is made if it is missing."""
+    """Write a file atomically; create its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(path.name + ".half")
     half.write_text(text, encoding="utf-8")

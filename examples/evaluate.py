@@ -1,13 +1,14 @@
-r"""Evaluate a base, a SoftCoT adapter over it and its controls on the tasks of `evaluation/`.
+r"""Evaluate a base, a SoftCoT adapter and its controls on the tasks of `evaluation/`.
 
     python examples/evaluate.py --base Qwen/Qwen2.5-7B-Instruct --adapter runs/gsm8k --tasks gsm8k,aqua --controls
 
-lm-evaluation-harness does the work: prompts, batches, repeats, votes, logs. Data come from the Hub, or from local
-files with `--data-dir`. Decoding is greedy; `--temperature 1 --seeds 41,42,43,44,45` samples as the paper does (arXiv
-2502.12134), and `--samples 10` lets ten samples vote. Chat templates are always rendered with their generation prompt.
+Prompts, batches, repeats, votes and logs are handled by lm-evaluation-harness. Data are loaded from the Hub, or from
+local files with `--data-dir`. Decoding is greedy by default; `--temperature 1 --seeds 41,42,43,44,45` samples as in
+the paper (arXiv 2502.12134), and `--samples 10` votes over ten samples. Chat templates are always rendered with their
+generation prompt.
 
-Every score is kept in `--output-dir` as soon as it is there; the same command goes on where it was stopped. On several
-GPUs, run it with `accelerate launch`: each process answers a part of the questions.
+Each score is saved in `--output-dir` as soon as it is computed, so the same command resumes an interrupted run. To use
+several GPUs, run the script with `accelerate launch`: each process answers a part of the questions.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ TASKS = ("gsm8k", "asdiv", "asdiv_aug", "aqua", "strategyqa", "date_understandin
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Evaluate a base, a SoftCoT adapter and its controls.")
     add = parser.add_argument
     add("--base", required=True, help="Hub id or folder of the base")
     add("--adapter", help="Hub id or folder of an adapter, SoftCoT's or another method's; without one, the base alone")
-    add("--tasks", default=",".join(TASKS), help="some of %(default)s")
-    add("--data-dir", help="folder with the data sets' own files, instead of the Hub")
-    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see softcot_peft.analysis")
-    add("--inference-thoughts", type=int, help="N; without it, what the adapter's config says")
-    add("--samples", type=int, default=1, help="answers to each question, which vote")
+    add("--tasks", default=",".join(TASKS), help="comma-separated tasks; default: %(default)s")
+    add("--data-dir", help="folder with the original files of the data sets, instead of the Hub")
+    add("--controls", action="store_true", help="also evaluate with changed thoughts; see controls.py")
+    add("--inference-thoughts", type=int, help="N; default: as in the adapter's config")
+    add("--samples", type=int, default=1, help="number of answers per question for majority voting")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
-    add("--seeds", default="41", help="of sampling, separated by commas")
+    add("--seeds", default="41", help="comma-separated seeds for sampling")
     add("--max-new-tokens", type=int, default=1024)
     add("--num-fewshot", type=int, default=0)
     add("--limit", type=int, help="only the first questions of each task")
@@ -61,10 +62,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be meant.
+    """Validate the options.
 
     Raises:
-        ValueError: It says which option, what it must be, and what was found.
+        ValueError: If an option has an invalid value, or options contradict each other.
     """
     args.tasks = args.tasks.split(",")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -79,8 +80,8 @@ def check(args: argparse.Namespace) -> None:
             check_source(f"--{name}", getattr(args, name))
     if args.temperature == 0 and (args.samples > 1 or len(args.seeds) > 1):
         raise ValueError(
-            f"`--samples {args.samples}` and {len(args.seeds)} seeds need sampling, but `--temperature` is 0. Set it, "
-            "to 1 as in the paper, say."
+            f"`--samples {args.samples}` and {len(args.seeds)} seeds need sampling, but `--temperature` is 0. Set it "
+            "to 1, for example, as in the paper."
         )
     if args.adapter is None and (args.controls or args.inference_thoughts):
         raise ValueError(
@@ -91,10 +92,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def questions(args: argparse.Namespace, method: str) -> list[Question]:
-    """The base; with an adapter also its method; and its controls, which are asked once."""
-    systems = {"base": "none", method: "own"} if args.adapter else {"base": "own"}
-    changed = {label: name for name, label in CONTROLS.items() if name not in ("own", "none")}
-    controls = changed if args.controls else {}
+    """Return the scores to compute: the base, the adapter's method, and its controls, which are sampled once."""
+    systems = {"base": "no thoughts", method: "soft thoughts"} if args.adapter else {"base": "soft thoughts"}
+    controls = {name: name for name in CONTROLS[2:]} if args.controls else {}
     return [
         Question(system, control, task, seed, 1 if system in controls else args.samples)
         for task in args.tasks
@@ -104,7 +104,7 @@ def questions(args: argparse.Namespace, method: str) -> list[Question]:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """All that a score depends on but for its question."""
+    """Return everything that a score depends on, except its question."""
     files = [
         *(ROOT / "evaluation").iterdir(),
         ROOT / "examples" / "harness.py",
@@ -118,14 +118,14 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(scores: Sequence[dict[str, Any]]) -> str:
-    """Right answers in %, with their 95 % intervals over questions and seeds, by system and task; tokens written."""
+    """Return a table of accuracies with 95 % intervals by system and task, and of generated tokens per answer."""
     tasks = list(dict.fromkeys(score["task"] for score in scores))
     rows: dict[str, dict[str, list[Any]]] = {}
     for score in scores:
         for way, right in score["right"].items():
             name = score["system"] if way == "first" else f"{score['system']}, {way}"
             rows.setdefault(name, {}).setdefault(score["task"], []).append((right, score["tokens"]))
-    head = ["right, % [95 % interval]", *tasks, "tokens of an answer"]
+    head = ["accuracy, % [95 % interval]", *tasks, "tokens per answer"]
     lines = [head, ["---"] * len(head)]
     for name, found in rows.items():
         cells = [
@@ -138,15 +138,15 @@ def table(scores: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Find every score that is not kept yet, and print them all."""
+    """Compute the missing scores, then print all scores."""
     args = parse_args(argv)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says at every task how it could be set
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs the settings of every task
     evaluation, settings = Evaluation(args), settings_of(args)
     files = {
         question: question.file(args.output_dir / "scores", settings)
         for question in questions(args, evaluation.method)
     }
-    missing = [question for question, file in files.items() if not file.exists()]  # before any process writes one
+    missing = [question for question, file in files.items() if not file.exists()]  # before any process writes a file
     for question in tqdm(missing, desc="scores", disable=evaluation.harness.rank != 0):
         score = evaluation.score(question, files[question].with_suffix(""))
         if score is not None:
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {"settings": settings, "scores": scores}
         write_whole(args.output_dir / "results.json", json.dumps(results, indent=1, default=str))
         write_whole(args.output_dir / "results.md", printed + "\n")
-        print(f"\n{printed}\n\nScores in {args.output_dir / 'results.json'}; answers beside each score.")
+        print(f"\n{printed}\n\nScores are in {args.output_dir / 'results.json'}, answers next to each score.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A base, perhaps with an adapter, in lm-evaluation-harness, and one score at a time. It knows no command line."""
+"""Computes single scores of a base, optionally with an adapter, with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from softcot_peft import SoftCoTConfig
 from softcot_peft.analysis import mean_thoughts, with_thoughts
 from softcot_peft.live_rows import LiveRows
 
-sys.path.append(str(Path(__file__).parents[1]))  # evaluation/ is no installed package
+sys.path.append(str(Path(__file__).parents[1]))  # evaluation/ is not an installed package
 from evaluation.answers import answered
 
 TASKS = Path(__file__).parents[1] / "evaluation"
@@ -41,33 +41,33 @@ VOTES = (2, 3, 5, 10, 20, 40)
 
 @dataclass(frozen=True)
 class Question:
-    """One score to be found: of a system on a task with a seed."""
+    """One score to compute: of a system on a task with a seed."""
 
     system: str
-    control: str  # a key of `CONTROLS`: what makes the system of the adapted model
+    control: str  # one of `CONTROLS`, applied to the adapted model
     task: str
     seed: int
     samples: int
 
     def file(self, folder: Path, settings: dict[str, Any]) -> Path:
-        """Where the score is kept; other settings are another file."""
+        """Return the file of the score; different settings have different files."""
         described = json.dumps([asdict(self), settings], sort_keys=True, default=str)
         name = f"{self.task}_{self.system}_{self.seed}".replace(" ", "-").replace("'", "")
         return folder / f"{name}_{hashlib.sha256(described.encode()).hexdigest()[:8]}.json"
 
 
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the adapter, as its chat template may write thought tokens; else the base's."""
+    """Load the adapter's tokenizer, whose chat template may write thought tokens; else the base's."""
     source = args.base
     if args.adapter:
-        with suppress(OSError):  # transformers' for a file that is missing, on the Hub or, offline, in its cache
+        with suppress(OSError):  # transformers raises it for a file missing on the Hub or, offline, in the cache
             cached_file(args.adapter, "tokenizer_config.json")
             source = args.adapter
     return AutoTokenizer.from_pretrained(source, padding_side="left")
 
 
 def load_task(manager: TaskManager, name: str, samples: int) -> ConfigurableTask:
-    """A task with its data. The first of its samples is scored, and votes of the first of them."""
+    """Load a task with its data. The first sample is scored, and votes over the first k samples."""
     full = f"softcot_{name}"
     ways = manager.load(full)["tasks"][full].config.filter_list
     extract, first = ways[0]["filter"]
@@ -79,10 +79,10 @@ def load_task(manager: TaskManager, name: str, samples: int) -> ConfigurableTask
 
 
 def batch_size_for(questions: int, size: int, processes: int) -> int:
-    """The largest batch size up to `size` that leaves no question alone in a batch of any process.
+    """Return the largest batch size up to `size` for which no batch of any process has a single question.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If there is none.
     """
     shares = {questions // processes, -(-questions // processes)} - {0}
     fitting = [tried for tried in range(2, size + 1) if all(share % tried != 1 for share in shares)]
@@ -96,30 +96,30 @@ def batch_size_for(questions: int, size: int, processes: int) -> int:
 
 
 class StopTexts(StoppingCriteria):
-    """Tells of each row whether it has a stop text; the harness's own criteria tell only when all rows have one.
+    """Stops each row at its stop text. The harness's own criteria only stop when all rows have one.
 
     Args:
-        criteria: The harness's, one for each text.
+        criteria: The harness's criteria, one per stop text.
     """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         self.criteria = criteria
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Which rows have ended, `(B,)`."""
+        """Return which rows are finished, `(B,)`."""
         self.criteria(input_ids, scores, **kwargs)
         return torch.tensor([text.done_tracker for text in self.criteria], device=input_ids.device).any(0)
 
 
 class Harness(HFLM):
-    """The harness's model; finished sequences are dropped from its batches."""
+    """The harness's model, with finished sequences dropped from the batch."""
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> torch.Tensor:
-        # Private, and all of the original (lm-eval 0.4.13) that the settings of `Evaluation.score` need.
+        # Private; the part of the original (lm-eval 0.4.13) that `Evaluation.score` needs.
         if not settings["do_sample"]:
-            settings.pop("temperature", None)  # 0, which `generate` warns of
+            settings.pop("temperature", None)  # 0, for which `generate` warns
         texts = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], len(context))
         with LiveRows(self.model, [StopTexts(texts)]) as live:
             return self.model.generate(
@@ -132,16 +132,16 @@ class Harness(HFLM):
 
 
 class Evaluation:
-    """A base in the harness, perhaps with an adapter, and the tasks that were loaded for it.
+    """A base in the harness, optionally with an adapter, and its loaded tasks.
 
     Args:
-        args: The command line's.
+        args: Arguments of the command line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.tokenizer = load_tokenizer(args)
-        # Without the harness's own tasks, of which it would read some ten thousand files.
+        # Skip the harness's own tasks, some ten thousand files.
         self.manager = TaskManager(
             include_path=str(TASKS), include_defaults=False, metadata={"data_dir": args.data_dir}
         )
@@ -155,15 +155,15 @@ class Evaluation:
         )
         self.method = "SoftCoT"
         self.number = self.set_number() if args.adapter else 0
-        # A base that has no turns goes on with another question, as in its examples.
+        # Without a chat template, a base continues with another question, as in its few-shot examples.
         self.until = ["\n\n"] if args.num_fewshot and self.tokenizer.chat_template is None else []
         self.task: Callable[[str, int], ConfigurableTask] = lru_cache(2)(partial(load_task, self.manager))
 
     def set_number(self) -> int:
-        """Set the number of thoughts that was asked for, and tell which it is; 0 for an adapter of another method.
+        """Set and return the number of thoughts; 0 for an adapter of another method.
 
         Raises:
-            ValueError: Thoughts are to be changed where there are none.
+            ValueError: If options change thoughts, but the adapter has none.
         """
         args, config = self.args, self.harness.model.peft_config[self.harness.model.active_adapter]
         if not isinstance(config, SoftCoTConfig):
@@ -171,31 +171,31 @@ class Evaluation:
             if args.controls or args.inference_thoughts:
                 raise ValueError(
                     f"`--controls` and `--inference-thoughts` change thoughts, but {args.adapter!r} is an adapter of "
-                    f"the method {self.method}. Leave them out."
+                    f"the method {self.method}. Omit these options."
                 )
             return 0
         config.inference_num_thought_tokens = args.inference_thoughts or config.inference_num_thought_tokens
         return config.inference_num_thought_tokens or config.num_thought_tokens
 
     def asked(self, task: ConfigurableTask) -> int:
-        """How many questions of a task are asked."""
+        """Return the number of evaluated questions of a task."""
         return min(len(task.eval_docs), self.args.limit or len(task.eval_docs))
 
-    def mean(self, task: ConfigurableTask) -> torch.Tensor:
-        """The thoughts averaged over the first questions of a task, `(N, H_base)`."""
+    def average(self, task: ConfigurableTask) -> torch.Tensor:
+        """Return the thoughts averaged over the first questions of a task, `(N, H_base)`."""
         prompts = [task.doc_to_text(doc) for doc in task.eval_docs.select(range(min(64, len(task.eval_docs))))]
         if self.tokenizer.chat_template is not None:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             prompts = [self.harness.apply_chat_template(turn) for turn in turns]
-        special = self.tokenizer.chat_template is None  # a chat template writes them itself
-        return mean_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
+        special = self.tokenizer.chat_template is None  # a chat template writes special tokens itself
+        return average_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
 
     def score(self, question: Question, folder: Path) -> dict[str, Any] | None:
-        """Find one score; None in all processes but the first.
+        """Compute one score; return `None` in all processes but the first.
 
         Args:
-            question: What to find.
-            folder: For the harness's logs, and the answers of an evaluation that was stopped.
+            question: The score to compute.
+            folder: Folder of the harness's logs, and of the answers of an interrupted evaluation.
         """
         args, harness, task = self.args, self.harness, self.task(question.task, question.samples)
         harness.batch_size_per_gpu = args.batch_size
@@ -203,9 +203,9 @@ class Evaluation:
             harness.batch_size_per_gpu = batch_size_for(self.asked(task), args.batch_size, harness.world_size)
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         decoding = sampling if args.temperature > 0 else {"do_sample": False}
-        # A saved template writes thought tokens for the base, too, unless it is told to write none.
-        harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "none" else self.number}
-        mean = self.mean(task) if question.control == "mean" else None
+        # Without this, a saved template would also write thought tokens for the base.
+        harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "no thoughts" else self.number}
+        average = self.average(task) if question.control == "average" else None
         tracker = EvaluationTracker(output_path=str(folder / "logs"))
         change = with_thoughts(harness.model, question.control, mean, question.seed) if args.adapter else nullcontext()
         with change:
@@ -234,7 +234,7 @@ class Evaluation:
         return {**asdict(question), **self.told(logged)}
 
     def told(self, logged: list[dict[str, Any]]) -> dict[str, Any]:
-        """Which answers are right, by the way from samples to an answer, and how long the answers are."""
+        """Return which answers are correct, by filter, and the mean length of the answers in tokens."""
         right: dict[str, list[int]] = {}
         for sample in sorted(logged, key=lambda sample: sample["doc_id"]):
             right.setdefault(sample["filter"], []).append(int(sample["exact_match"]))

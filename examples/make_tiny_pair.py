@@ -1,16 +1,16 @@
-r"""Make a tiny base and a tiny assistant from the text of GSM8K, to run `train_gsm8k.py` where nothing can be fetched.
+r"""Create a tiny base and a tiny assistant from the text of GSM8K, to run `train_gsm8k.py` offline.
 
 The two differ in family, size and tokenizer. The base learns the problems in the chat prompts of `train_gsm8k.py` and
-the answers with their calculator marks; SoftCoT then trains on answers without them. Both commands together take about
-7 minutes on one core (`OMP_NUM_THREADS=1`, which on a busy machine is faster than more threads):
+the answers with their calculator annotations; SoftCoT then trains on answers without them. Both commands together take
+about 7 minutes on one core (`OMP_NUM_THREADS=1`, which is faster than more threads on a busy machine):
 
     python examples/make_tiny_pair.py --train-file gsm8k/train.jsonl --out runs/pair
     python examples/train_gsm8k.py --base runs/pair/base --assistant runs/pair/assistant \
         --train-file gsm8k/train.jsonl --eval-file gsm8k/test.jsonl --output-dir runs/gsm8k \
         --max-steps 150 --learning-rate 3e-3 --eval-batch-size 64 --max-new-tokens 160
 
-The loss falls, and the saved adapter writes what the trained one wrote. Models that have read a few hundred thousand
-tokens cannot reason, so both accuracies are about 0 %, by luck alone, and say nothing about SoftCoT.
+The loss decreases, and the saved adapter gives the same answers as the trained one. Models trained on a few hundred
+thousand tokens cannot reason, so both accuracies are about 0 %, at chance level, and say nothing about SoftCoT.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ ASSISTANT_TOKENS = ["[pad]", "[eos]", "[unk]"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Make a tiny base and a tiny assistant.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Create a tiny base and a tiny assistant.")
     add = parser.add_argument
-    add("--train-file", required=True, help="JSON-lines file of questions and answers")
-    add("--out", required=True, type=Path, help="folder; the pair goes into its 'base' and 'assistant'")
+    add("--train-file", required=True, help="JSON Lines file of questions and answers")
+    add("--out", required=True, type=Path, help="output folder, with subfolders 'base' and 'assistant'")
     add("--steps", type=int, default=200, help="pre-training steps of each model")
     add("--batch-size", type=int, default=8)
-    add("--vocab-size", type=int, default=2048, help="of the base; the assistant has half of it")
+    add("--vocab-size", type=int, default=2048, help="vocabulary size of the base; the assistant has half of it")
     add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def make_tokenizer(texts: list[str], vocab_size: int, tokens: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits; the first two of the special tokens are pad and EOS."""
+    """Train a byte-level BPE tokenizer with single digits. The first two special tokens are pad and EOS."""
     bpe = Tokenizer(models.BPE())
     digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
@@ -77,7 +77,7 @@ def make_tokenizer(texts: list[str], vocab_size: int, tokens: list[str]) -> PreT
 
 
 def shape(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> dict[str, Any]:
-    """What the configs of both models have in common; the MLP is 8/3 as wide as the rest."""
+    """Return the fields shared by both configs. The MLP is 8/3 times as wide as the hidden states."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -94,7 +94,7 @@ def shape(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> dict[s
 
 
 def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[list[torch.Tensor]]:
-    """Endless batches of rows of about one length, in random order."""
+    """Yield endless batches of rows of similar length, in random order."""
     rows = sorted(rows, key=len)
     generator = random.Random(seed)
     while True:
@@ -103,7 +103,7 @@ def batches(rows: list[list[int]], size: int, seed: int) -> Iterator[list[torch.
 
 
 def pretrain(model: PreTrainedModel, rows: list[list[int]], args: argparse.Namespace, name: str) -> None:
-    """Next-token training on whole rows, prompts included."""
+    """Train on all tokens of the rows, including prompts."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     stream = batches(rows, args.batch_size, args.seed)
@@ -122,7 +122,7 @@ def pretrain(model: PreTrainedModel, rows: list[list[int]], args: argparse.Names
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make, pre-train and save the pair."""
+    """Create, pre-train and save the pair."""
     args = parse_args(argv)
     set_seed(args.seed)
     problems = load_rows(args.train_file, "train")

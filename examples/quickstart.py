@@ -1,7 +1,7 @@
-"""Train a SoftCoT adapter on the small pair, offline, and use it in every way; half a minute on 2 cores.
+"""Train a SoftCoT adapter on the small pair, offline, and use it in every way. Takes half a minute on 2 cores.
 
-The base works out `12+34*5` but cannot read `twelve plus thirty four times five`; the assistant can read it but cannot
-work it out. One trained linear layer between them is all that is added. See `small_pair.py` for how the pair is made.
+The base works out `12+34*5` but cannot read `twelve plus thirty four times five`. The assistant can read it but cannot
+work it out. The adapter adds only a linear layer between them. `small_pair.py` describes how the pair is trained.
 
     python examples/quickstart.py [--steps 300] [--output-dir runs/quickstart]
 """
@@ -40,7 +40,7 @@ Model = PreTrainedModel | PeftModel
 
 @torch.no_grad()
 def answer(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: list[str], what: str) -> list[str]:
-    """Greedy answers, in batches of 100."""
+    """Generate greedy answers in batches of 100."""
     answers = []
     for start in tqdm(range(0, len(prompts), 100), desc=f"answering, {what}", leave=False):
         batch = tokenizer(prompts[start : start + 100], return_tensors="pt", padding=True)
@@ -50,12 +50,12 @@ def answer(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
 
 
 def share_right(answers: list[str], examples: list[dict[str, str]]) -> float:
-    """The share of answers that are right to the last character."""
+    """Return the share of answers that match exactly."""
     return sum(a == example["response"] for a, example in zip(answers, examples, strict=True)) / len(examples)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, examples: list[dict[str, str]]) -> list[dict[str, list[int]]]:
-    """Ids of prompt, response and EOS; the response and EOS are labelled. Thoughts go between by themselves."""
+    """Return ids of prompt, response and EOS, with labels on response and EOS. Thoughts are inserted automatically."""
     rows = []
     for example in tqdm(examples, desc="tokenizing", leave=False):
         prompt = tokenizer(example["prompt"])["input_ids"]
@@ -90,7 +90,7 @@ def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: argparse.N
 
 
 def reload(folder: Path, base: Path) -> dict[str, Model]:
-    """The adapter through three routes, each over a newly loaded base."""
+    """Load the adapter through three routes, each with a newly loaded base."""
     transformers_model = AutoModelForCausalLM.from_pretrained(base)
     transformers_model.load_adapter(str(folder))
     return {
@@ -101,14 +101,14 @@ def reload(folder: Path, base: Path) -> dict[str, Model]:
 
 
 def check(holds: bool, what: str) -> None:
-    """Say that something holds, or stop."""
+    """Print that a check passed, or exit."""
     print(f"{'yes' if holds else 'NO '}  {what}")
     if not holds:
-        raise SystemExit(f"quickstart: this should hold and does not: {what}")
+        raise SystemExit(f"quickstart: check failed: {what}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -116,13 +116,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-thought-tokens", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=400, help="number of held-out problems of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pair", type=Path, default=HERE / "pair", help="folder of the pair; made if missing")
+    parser.add_argument("--pair", type=Path, default=HERE / "pair", help="folder of the pair; created if missing")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, compare, save, reload, ask."""
+    """Train, compare, save, reload and generate."""
     args, began = parse(argv), time.monotonic()
     set_seed(args.seed)
     base_folder, assistant_folder = load_or_make(args.pair)
@@ -159,17 +159,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         tensor_bytes = sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118  # no dict
 
     print(f"\n{worded[0]['prompt']}  ->  {after[0].strip()}    (base alone: {before[0].strip()!r})\n")
-    print(f"| right answers on {args.held_out} held-out problems each | worded | base's own, in digits |")
+    print(f"| accuracy on {args.held_out} held-out problems each | number words | base's own, in digits |")
     print("| --- | --- | --- |")
     for system, words, numbers in (("base alone", before, own), ("SoftCoT (disabled for digits)", after, own_after)):
         print(f"| {system} | {share_right(words, worded):.1%} | {share_right(numbers, digits):.1%} |")
-    for label, words in changed.items():
-        print(f"| control: {label} instead of its thoughts | {share_right(words, worded):.1%} | |")
+    for control, words in changed.items():
+        print(f"| control: {control} in place of the thoughts | {share_right(words, worded):.1%} | |")
     print()
-    check(own_after == own, "adapter disabled: the base's own problems token for token as before")
+    check(own_after == own, "adapter disabled: the answers to the base's own problems are unchanged")
     check(
         file.stat().st_size <= tensor_bytes + 4096,
-        f"adapter file: {file.stat().st_size} bytes, {tensor_bytes} of tensors",
+        f"adapter file: {file.stat().st_size} bytes, of which {tensor_bytes} are tensors",
     )
     for route, reloaded in reload(folder, base_folder).items():
         check(
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe.model.load_adapter(str(folder))
     (told,) = pipe(worded[0]["prompt"], max_new_tokens=32, do_sample=False, return_full_text=False)
     check(told["generated_text"] == after[0], f"pipeline: {told['generated_text'].strip()}")
-    print(f"\nAdapter in {folder}. {time.monotonic() - began:.0f} s in all.")
+    print(f"\nSaved the adapter in {folder}. Total time: {time.monotonic() - began:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@ r"""Run every experiment on the small pair and write `docs/results.md` with its 
 
     python examples/report.py [--output-dir runs/report] [--docs docs]
 
-Two processes with one thread each do the jobs, on as many cores as there are. Each job leaves a file, so that a report
-that was stopped or killed goes on where it was; results of another state of the code are never taken. `--small` does
-next to nothing of everything, to try it.
+Jobs run in parallel processes with one thread each, by default one per core. Each job writes a file, so an interrupted
+report resumes where it stopped. Results of another state of the code are never reused. `--small` runs a tiny version
+of every experiment as a trial.
 """
 
 from __future__ import annotations
@@ -36,40 +36,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Run every experiment on the small pair and write the results.")
     add = parser.add_argument
-    add("--output-dir", type=Path, default=Path("runs/report"), help="what is done is kept here")
+    add("--output-dir", type=Path, default=Path("runs/report"), help="folder of the results")
     add("--docs", type=Path, default=HERE.parent / "docs", help="folder of results.md and its figures")
-    add("--pair", type=Path, default=HERE / "pair", help="folder of the pair; made if missing")
-    add("--processes", type=int, default=os.cpu_count(), help="jobs at a time, each on one core")
-    add("--small", action="store_true", help="a few steps and problems; its numbers say nothing")
+    add("--pair", type=Path, default=HERE / "pair", help="folder of the pair; created if missing")
+    add("--processes", type=int, default=os.cpu_count(), help="number of parallel jobs, each on one core")
+    add("--small", action="store_true", help="a few steps and problems; the numbers are meaningless")
     return parser.parse_args(argv)
 
 
 def sources(pair: Path) -> list[Path]:
-    """The files that a result depends on."""
-    code = [*HERE.glob("baselines/*.py"), HERE / "small_pair.py", HERE / "results" / "work.py"]
-    return [*code, *(HERE.parent / "softcot_peft").rglob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
+    """Return the files that a result depends on."""
+    code = [*HERE.glob("baselines/*.py"), HERE / "controls.py", HERE / "small_pair.py", HERE / "results" / "work.py"]
+    return [*code, *(HERE.parent / "softcot_peft").glob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
 
 
 def prepare() -> None:
-    """Set a worker up: one thread, no bars but the report's, and an end when the report is killed."""
+    """Set up a worker: one thread, no progress bars, and exit if the parent process is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # peft 0.21 reads an attribute that transformers 5.23 renamed
+    # PEFT 0.21 reads an attribute that transformers 5.23 renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: ProcessPoolExecutor, what: str) -> None:
-    """Do those jobs that are not done yet, and keep each result as soon as it is there."""
+    """Run the jobs that are not finished, and store each result as soon as it is available."""
     missing = [job for job in jobs if job not in store]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=what, unit="job", smoothing=0.1) as bar:
         running = {pool.submit(perform, job, sizes, pair, store.folder): job for job in missing}
         while running:
             done = wait(running, return_when=FIRST_COMPLETED).done
-            for future in sorted(done, key=lambda future: future.exception() is not None):  # results are kept first
+            for future in sorted(
+                done, key=lambda future: future.exception() is not None
+            ):  # store results before raising
                 job = running.pop(future)
                 if future.exception() is not None:
                     raise RuntimeError(f"The job {job.name!r} failed.") from future.exception()
@@ -79,7 +81,7 @@ def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: Proces
 
 
 def best_rates(store: Store) -> Rates:
-    """For each trained system the rate with the most right answers, of equals the one with the least loss."""
+    """Return each trained system's learning rate with the most correct answers; ties go to the lowest loss."""
     return {
         system: max(
             (job for job in tuning() if job.system == system),
@@ -90,12 +92,12 @@ def best_rates(store: Store) -> Rates:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do all jobs, then write the page."""
+    """Run all jobs, then write the page."""
     args, began = parse_args(argv), time.monotonic()
     load_or_make(args.pair)
     sizes = SMALL if args.small else Sizes()
     store = Store(args.output_dir / (fingerprint(sources(args.pair)) + "-small" * args.small))
-    os.environ["TQDM_DISABLE"] = "1"  # in the workers, which read it when they start
+    os.environ["TQDM_DISABLE"] = "1"  # for the workers, which read it at startup
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, prepare) as pool:
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     write(store, rates, sizes, args.docs)
-    print(f"{args.docs / 'results.md'} is written. {(time.monotonic() - began) / 60:.0f} minutes.")
+    print(f"Wrote {args.docs / 'results.md'} in {(time.monotonic() - began) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":

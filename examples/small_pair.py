@@ -1,20 +1,20 @@
-"""Make a tiny pair of language models on which soft thoughts can be tried offline.
+"""Create a tiny pair of language models to try soft thoughts offline.
 
-The task is two-step arithmetic, worked from left to right::
+The task is two-step arithmetic, evaluated from left to right::
 
     Q: twelve plus thirty four times five? A: 12+34=046;046*5=0230
 
-The same problem can be put in four ways: in digits (``Q: 12+34*5?``), in words, with names that stand for numbers
-(``Q: anna plus cora times five?``), and with strangers, names of which neither model knows what they stand for.
+A problem can be written in four ways: in digits (``Q: 12+34*5?``), in words, with names that stand for numbers
+(``Q: anna plus cora times five?``), and with strangers, names whose numbers neither model knows.
 
-* The **base** works out problems given in digits, be it as the question or as a hint between question and answer. It
-  can read neither number words nor names.
+* The **base** solves problems in digits, given as the question or as a hint between question and answer. It can read
+  neither number words nor names.
 * The **assistant** reads a question in words or with names and writes the problem in digits, ``... five? A: 12+34*5``,
-  also when it sees unk tokens in the place of its own output. So its hidden states at unk tokens behind a question
-  hold the digits, one at each position. It cannot work anything out, and knows no strangers.
+  also if unk tokens replace its own previous output. Its hidden states at unk tokens after a question therefore
+  encode the digits, one per position. It cannot calculate, and knows no strangers.
 
-What is missing is a linear layer from those hidden states to the base model's embeddings. That layer is what SoftCoT
-trains. The models have different tokenizers and different hidden sizes.
+SoftCoT trains the missing part: a linear layer from these hidden states to the base's embeddings. The models have
+different tokenizers and different hidden sizes.
 
     python small_pair.py --out DIR [--seed 0]
 """
@@ -49,7 +49,7 @@ NAMES = {
     kind: [start + end for start in starts for end in ("na", "lo", "mi", "ra")]
     for kind, starts in {"names": ("an", "be", "co", "da", "ed"), "strangers": ("fi", "go", "ha", "ju", "ka")}.items()
 }
-# What each name stands for. Every kind of question has the same numbers or fewer, so that none is easier to work out.
+# The number of each name. All kinds of questions use numbers from the same range, so none is easier to calculate.
 NUMBERS = {kind: random.Random(kind).sample(range(10, 100), len(names)) for kind, names in NAMES.items()}
 KINDS = ("digits", "words", *NAMES)
 
@@ -57,14 +57,14 @@ Rows = list[list[int]]
 
 
 def number_word(n: int) -> str:
-    """34 -> ``thirty four``."""
+    """Convert 34 to ``thirty four``."""
     if n < 20:
         return SMALL[n - 1]
     return TENS[n // 10 - 2] + (f" {SMALL[n % 10 - 1]}" if n % 10 else "")
 
 
 def put(expression: str, kind: str = "words") -> str:
-    """``12+34*5`` -> ``Q: twelve plus thirty four times five?``, or the same with names, or in digits."""
+    """Convert ``12+34*5`` to ``Q: twelve plus thirty four times five?``, or the same with names or in digits."""
     if kind == "digits":
         return f"Q: {expression}?"
     a, b, c = int(expression[:2]), int(expression[3:5]), number_word(int(expression[6]))
@@ -74,7 +74,7 @@ def put(expression: str, kind: str = "words") -> str:
 
 
 def work_out(expression: str) -> str:
-    """``12+34*5`` -> ``12+34=046;046*5=0230``."""
+    """Convert ``12+34*5`` to ``12+34=046;046*5=0230``."""
     a, b, c = int(expression[:2]), int(expression[3:5]), int(expression[6])
     first = a + b if expression[2] == "+" else a - b
     second = {"+": first + c, "-": first - c, "*": first * c}[expression[5]]
@@ -82,10 +82,10 @@ def work_out(expression: str) -> str:
 
 
 def draw(rng: random.Random, kind: str = "words", held_out: bool = False) -> str:
-    """Draw a problem of seven characters, such as ``12+34*5``. No result is negative; half of them multiply.
+    """Draw a problem of seven characters, such as ``12+34*5``. No result is negative; half of the problems multiply.
 
-    With names, only those numbers occur that have one. A hash of the problem says whether it is one of the tenth that
-    is held out from all training.
+    With names, only numbers that have a name occur. A hash of the problem selects the tenth of all problems that is
+    held out from training.
     """
     numbers = NUMBERS.get(kind, range(10, 100))
     while True:
@@ -98,14 +98,14 @@ def draw(rng: random.Random, kind: str = "words", held_out: bool = False) -> str
 
 
 def problems(count: int, seed: int, kind: str = "words", *, held_out: bool = False) -> list[dict[str, str]]:
-    """Draw problems of one of `KINDS`, as dicts with ``prompt``, ``response`` and ``expression`` (the digits)."""
+    """Draw problems of one of `KINDS` as dicts with ``prompt``, ``response`` and ``expression`` (the digits)."""
     rng = random.Random(seed)
     drawn = [draw(rng, kind, held_out) for _ in range(count)]
     return [{"prompt": put(item, kind), "response": MARK + work_out(item), "expression": item} for item in drawn]
 
 
 def make_tokenizer(vocabulary: list[str], pad: str, unk: str, eos: str, others: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer for whole words, each with the space before it, and single characters."""
+    """Create a tokenizer for whole words, each with the preceding space, and single characters."""
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unk))
     pieces = Regex(f"{MARK}|Q:| ?[a-z]+|.")
@@ -125,19 +125,19 @@ def make_tokenizer(vocabulary: list[str], pad: str, unk: str, eos: str, others: 
 
 
 def make_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
-    """The tokenizers of base and assistant. The base has a ``<thought>`` token to spare."""
+    """Create the tokenizers of base and assistant. The base has an unused ``<thought>`` token."""
     words = [f" {word}" for word in [*SMALL, *TENS, *OPERATORS.values(), *NAMES["names"], *NAMES["strangers"]]]
     shared = ["Q:", "?", MARK, " ", *"+-*0123456789", *words]
     special = ["<pad>", "<unk>", "</s>", "<thought>"]
     base = make_tokenizer([*special, *"=;", *shared], *special[:3], others=special[3:])
     special = ["[PAD]", "[UNK]", "[EOS]"]
-    # In another order: no token has the same id in both.
+    # A different order, so no token has the same id in both.
     assistant = make_tokenizer(["[EOS]", *shared[::-1], *special[:2]], *special, others=[])
     return base, assistant
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaForCausalLM:
-    """A Llama model with four layers and random weights."""
+    """Create a Llama model with four layers and random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -154,7 +154,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int) -> LlamaForCausal
 
 
 def collate(sources: Rows, targets: Rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join sources and targets to right-padded input ids, and labels for the targets."""
+    """Join sources and targets to right-padded input ids, with labels on the targets."""
     size = max(len(source) + len(target) for source, target in zip(sources, targets, strict=True))
     ids = torch.full((len(sources), size), pad)
     labels = torch.full((len(sources), size), -100)
@@ -168,15 +168,16 @@ def collate(sources: Rows, targets: Rows, pad: int) -> tuple[torch.Tensor, torch
 def base_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: random.Random, hinted: float, size: int = 32
 ) -> dict[str, torch.Tensor]:
-    """Training examples for the base: problems in digits alone, and a share of `hinted` with hints.
+    """Create training examples for the base: problems in digits, and a share `hinted` of examples with hints.
 
-    There a hint in digits stands where soft thoughts will stand, behind a question in words or with names or,
-    in one of three, behind the mark that follows the question. That question is a *different problem* from the hint
-    and the answer: reading it is of no use to the base model, and so it never learns to.
+    A hint in digits stands in the place of the soft thoughts: after a question in words or with names or, in one of
+    three examples, after the marker that follows the question. The question is a *different problem* from the hint and
+    the answer, so reading it does not help, and the base never learns to.
 
-    Soft thoughts are only like a digit's embedding, and from a fresh linear layer they are much larger. So hints get
-    noise (up to 4 times the embeddings' spread) and are scaled (by 0.5 to 8); one in ten of their vectors is noise
-    alone, and so are those that often stand behind them: one in most cases, up to 25 in some, as with N = 32.
+    Soft thoughts only resemble embeddings of digits, and those of an untrained linear layer are much larger. Hints
+    therefore get noise (up to 4 times the standard deviation of the embeddings) and are scaled (by 0.5 to 8). One in
+    ten of their vectors is pure noise, and so are vectors that often follow them: mostly none or one, sometimes up to
+    25, as with N = 32.
     """
     unk, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
     sources, targets, hints = [], [], []
@@ -206,7 +207,7 @@ def base_batch(
 
 
 def assistant_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 64) -> dict[str, torch.Tensor]:
-    """Training examples for the assistant, in words and with names; three in four hide its own output behind unk."""
+    """Create training examples for the assistant, in words and with names; unk replaces three of four outputs."""
     drawn = [(draw(rng, kind), kind) for kind in rng.choices(("words", "names"), k=size)]
     sources = [tokenizer.encode(put(expression, kind)) for expression, kind in drawn]
     targets = [[*tokenizer.encode(MARK + expression), tokenizer.eos_token_id] for expression, _ in drawn]
@@ -222,7 +223,7 @@ def fit(
     rate: float,
     name: str,
 ) -> None:
-    """Train all weights with AdamW; the rate rises for 5 % of the steps, then falls to zero."""
+    """Train all weights with AdamW. The learning rate warms up for 5 % of the steps, then decays to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
@@ -238,13 +239,13 @@ def fit(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save as a Hugging Face folder: weights stored in float16, to be loaded as float32."""
+    """Save in the Hugging Face format. Weights are stored in float16 and loaded in float32."""
     model.save_pretrained(folder, state_dict={k: v.half() for k, v in model.state_dict().items()})
     tokenizer.save_pretrained(folder)
 
 
 def load_or_make_assistant(folder: Path, width: int = 64, seed: int = 0, steps: int = 1500) -> Path:
-    """The folder of an assistant; it is trained if it is not there yet."""
+    """Return the folder of an assistant; train it if it does not exist."""
     if not (folder / "config.json").exists():
         rng, tokenizer = random.Random(seed), make_tokenizers()[1]
         torch.manual_seed(seed)
@@ -255,7 +256,7 @@ def load_or_make_assistant(folder: Path, width: int = 64, seed: int = 0, steps: 
 
 
 def load_or_make_base(folder: Path, hinted: float = 0.75, seed: int = 0, steps: int = 3500) -> Path:
-    """The folder of a base, a share of whose training examples have a hint; it is trained if it is not there yet."""
+    """Return the folder of a base; train it if it does not exist, with hints in a share `hinted` of the examples."""
     if not (folder / "config.json").exists():
         rng, tokenizer = random.Random(seed), make_tokenizers()[0]
         torch.manual_seed(seed)
@@ -266,14 +267,14 @@ def load_or_make_base(folder: Path, hinted: float = 0.75, seed: int = 0, steps: 
 
 
 def load_or_make(folder: str | Path, seed: int = 0) -> tuple[Path, Path]:
-    """The folders of base and assistant; the pair is trained if it is not there yet."""
+    """Return the folders of base and assistant; train the pair if it does not exist."""
     assistant = load_or_make_assistant(Path(folder) / "assistant", seed=seed)
     return load_or_make_base(Path(folder) / "base", seed=seed), assistant
 
 
 @torch.no_grad()
 def share_solved(folder: Path, examples: list[dict[str, str]], answer: str = "response") -> float:
-    """The share of exactly right greedy answers that a saved model gives on its own."""
+    """Return the share of a saved model's greedy answers that match exactly."""
     model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, AutoTokenizer))
     inputs = tokenizer([example["prompt"] for example in examples], padding=True, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
@@ -285,8 +286,8 @@ def share_solved(folder: Path, examples: list[dict[str, str]], answer: str = "re
 
 
 def main() -> None:
-    """Make the pair, and say what each model can do alone: work problems out, or write them in digits."""
-    parser = argparse.ArgumentParser(description="Make the small pair of models.")
+    """Create the pair, and print the share of problems that the base solves and that the assistant reads."""
+    parser = argparse.ArgumentParser(description="Create the small pair of models.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Where the models of a command line come from."""
+"""Checks the sources of models given on the command line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def check_source(option: str, name: str) -> None:
-    """Refuse what is no folder and cannot be on the Hub, of which the Hub's library says nothing about folders.
+    """Reject a name that is neither a folder nor a valid Hub id. The Hub's own error does not mention folders.
 
     Args:
-        option: Of the command line.
-        name: What was given.
+        option: Option of the command line.
+        name: Value of the option.
 
     Raises:
-        ValueError: It says which option, what it must be, and what was found.
+        ValueError: If `name` is neither a folder nor a valid Hub id.
     """
     if Path(name).is_dir():
         return
@@ -24,5 +24,6 @@ def check_source(option: str, name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(
-            f"`{option}` must be a folder or a Hub id such as 'owner/name', got {name!r}, which is no folder here."
+            f"`{option}` must be a folder or a Hub id such as 'owner/name', got {name!r}, which is not an existing "
+            "folder."
         ) from error

@@ -1,16 +1,17 @@
-r"""Train a SoftCoT adapter on GSM8K, save it, compare it with its plain base, and load it again.
+r"""Train a SoftCoT adapter on GSM8K, save it, compare it with the plain base, and reload it.
 
-With a pair and the data from the Hub, in the paper's recipe (arXiv 2502.12134):
+With a pair and data from the Hub, and the paper's recipe (arXiv 2502.12134):
 
     python examples/train_gsm8k.py --base Qwen/Qwen2.5-7B-Instruct --assistant Qwen/Qwen2.5-1.5B-Instruct
 
-Thoughts stand at the prompt's end; `--where user_turn --thought-token "<|endoftext|>"` puts them at the end of the
-user's turn, as in the paper. `@examples/recipes/qwen2.5-7b.txt` reads options from a file, one with its value on a
-line and comments behind `#`; options that come later win. Base and assistant may be folders (`make_tiny_pair.py` makes
-a pair to try), data may be JSON-lines files of `{"question": "...", "answer": "... #### 72"}`. On several GPUs, run it
-with `accelerate launch` and DDP; its evaluation shares rows out unevenly, which sharding engines do not allow.
-`--cache-thoughts` has the assistant read each training prompt once, before training, instead of in every epoch.
-`--controls` tells how much of a score is due to what the thoughts say; `evaluate.py` asks other tasks.
+Thoughts are placed at the end of the prompt; `--where user_turn --thought-token "<|endoftext|>"` places them at the
+end of the user turn, as in the paper. `@examples/recipes/qwen2.5-7b.txt` reads options from a file, with one option
+and its value per line and comments after `#`; later options override earlier ones. Base and assistant may be folders
+(`make_tiny_pair.py` creates a pair to try), and data may be JSON Lines files of
+`{"question": "...", "answer": "... #### 72"}`. To use several GPUs, run the script with `accelerate launch` and DDP.
+The evaluation distributes rows unevenly, which sharding engines do not allow. `--cache-thoughts` runs the assistant
+once over the training prompts before training, instead of in every epoch. `--controls` shows how much of a score
+depends on the content of the thoughts; `evaluate.py` evaluates other tasks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from softcot_peft import SoftCoTConfig, compute_thoughts, use_thoughts, with_tho
 from softcot_peft.analysis import CONTROLS, with_thoughts
 from softcot_peft.live_rows import LiveRows
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is no installed package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is not an installed package
 from evaluation.answers import number
 
 PROMPT = "Reason about this problem step by step, then close with a line '#### N' for its answer N.\n\n{question}"
@@ -57,26 +58,38 @@ Example = dict[str, list[int]]  # "input_ids" and "labels"
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Read the command line. The defaults are the paper's recipe, but for greedy decoding."""
+    """Parse the command line. The defaults are the paper's recipe, except for greedy decoding."""
     parser = ArgumentParser(description="Train and evaluate a SoftCoT adapter on GSM8K.", fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # type: ignore[method-assign]
     add = parser.add_argument
     add("--base", required=True, help="Hub id or folder of the base")
     add("--assistant", required=True, help="Hub id or folder of the assistant")
-    add("--train-file", default="openai/gsm8k", help="JSON-lines file, or a data set on the Hub (its split 'train')")
-    add("--eval-file", default="openai/gsm8k", help="JSON-lines file, or a data set on the Hub (its split 'test')")
+    add("--train-file", default="openai/gsm8k", help="JSON Lines file, or a data set on the Hub (split 'train')")
+    add("--eval-file", default="openai/gsm8k", help="JSON Lines file, or a data set on the Hub (split 'test')")
     add("--output-dir", default="runs/gsm8k", help="folder of the adapter and its checkpoints")
-    add("--keep-calculator-marks", action="store_true", help="train on answers with their <<48/2=24>>")
+    add("--keep-calculator-marks", action="store_true", help="train on answers with annotations such as <<48/2=24>>")
     add("--num-thoughts", type=int, default=32, help="N in training")
     add("--inference-thoughts", type=int, default=4, help="N in evaluation")
     add("--where", choices=["prompt_end", "user_turn", "generation_prompt"], default="prompt_end")
-    add("--thought-token", help="token of the base's vocabulary that marks the thoughts, if not at the prompt's end")
-    add("--assistant-prompt", default=ASSISTANT_PROMPT, help="what the assistant reads; '' for the prompt alone")
+    add(
+        "--thought-token",
+        help="token of the base's vocabulary that marks thought positions, unless --where is prompt_end",
+    )
+    add(
+        "--assistant-prompt",
+        default=ASSISTANT_PROMPT,
+        help="template that the assistant reads; '' for the prompt alone",
+    )
     add("--learning-rate", type=float, default=2e-5)
     add("--epochs", type=float, default=10)
-    add("--max-steps", type=int, default=-1, help="training steps, instead of epochs")
+    add("--max-steps", type=int, default=-1, help="number of training steps; overrides --epochs")
     add("--batch-size", type=int, default=4, help="training rows per device")
-    add("--max-length", type=int, default=1024, help="longer training rows are dropped, so that none loses its EOS")
+    add(
+        "--max-length",
+        type=int,
+        default=1024,
+        help="longer training rows are dropped, so that every row keeps its EOS",
+    )
     add("--max-train-samples", type=int)
     add("--max-eval-samples", type=int)
     add("--eval-batch-size", type=int, default=16)
@@ -86,9 +99,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--seed", type=int, default=41)
     bf16 = has_fast_bfloat16()
     add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs and CPUs with bfloat16 units")
-    add("--cache-thoughts", action="store_true", help="train on thoughts computed once; 1 to 3 GB in --output-dir")
+    add("--cache-thoughts", action="store_true", help="train on precomputed thoughts; 1 to 3 GB in --output-dir")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
-    add("--controls", action="store_true", help="also evaluate with the thoughts changed: see softcot_peft.analysis")
+    add("--controls", action="store_true", help="also evaluate with changed thoughts; see controls.py")
     args = parser.parse_args(argv)
     check_source("--base", args.base)
     check_source("--assistant", args.assistant)
@@ -96,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
-    """Read problems from a JSON-lines file, or from a split of a data set on the Hub."""
+    """Load problems from a JSON Lines file, or from a split of a data set on the Hub."""
     if Path(source).is_file():
         return [json.loads(line) for line in Path(source).read_bytes().splitlines() if line.strip()][:limit]
     from datasets import load_dataset  # local files do not need it
@@ -105,12 +118,12 @@ def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
 
 
 def is_correct(solution: str, reference: str) -> bool:
-    """Exact match of the answers, as numbers: `$1,234.00` is `1234`."""
+    """Return whether the answers are the same number; `$1,234.00` equals `1234`."""
     return (found := number(solution)) is not None and found == number(reference)
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, num_thoughts: int = 0) -> list[int]:
-    """Ids of a prompt up to the response, generation prompt included; `num_thoughts` is for `with_thought_tokens`."""
+    """Encode a prompt with its generation prompt; `num_thoughts` is for the template of `with_thought_tokens`."""
     content = PROMPT.format(question=question)
     if tokenizer.chat_template is None:
         return tokenizer(content + "\n\nSolution:\n")["input_ids"]
@@ -119,7 +132,7 @@ def encode_prompt(tokenizer: Tokenizer, question: str, num_thoughts: int = 0) ->
 
 
 def encode_example(tokenizer: Tokenizer, row: Row, num_thoughts: int = 0, keep_marks: bool = False) -> Example:
-    """A training row: prompt, answer and EOS; the answer and EOS are its labels."""
+    """Encode a training row: prompt, answer and EOS, with labels on answer and EOS."""
     prompt = encode_prompt(tokenizer, row["question"], num_thoughts)
     answer = row["answer"] if keep_marks else re.sub(r"<<.*?>>", "", row["answer"])
     response = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -127,7 +140,7 @@ def encode_example(tokenizer: Tokenizer, row: Row, num_thoughts: int = 0, keep_m
 
 
 def training_rows(tokenizer: Tokenizer, args: Namespace) -> list[Example]:
-    """Load and encode the training rows; those that are too long are dropped, not cut."""
+    """Load and encode the training rows. Rows that are too long are dropped, not truncated."""
     rows = load_rows(args.train_file, "train", args.max_train_samples)
     encoded = [encode_example(tokenizer, row, args.num_thoughts, args.keep_calculator_marks) for row in rows]
     kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
@@ -138,23 +151,23 @@ def training_rows(tokenizer: Tokenizer, args: Namespace) -> list[Example]:
 
 
 def load_tokenizer(args: Namespace, config: SoftCoTConfig) -> Tokenizer:
-    """The base's tokenizer, which writes the thought tokens unless thoughts stand at the prompt's end."""
+    """Load the base's tokenizer. It writes the thought tokens, except for `--where prompt_end`."""
     tokenizer = AutoTokenizer.from_pretrained(args.base, padding_side="left")
     if tokenizer.eos_token is None:
-        raise ValueError(f"`--base` must have a tokenizer with an EOS token, {args.base!r} has none.")
+        raise ValueError(f"`--base` must have a tokenizer with an EOS token, but {args.base!r} has none.")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # labels and masks come from lengths, so EOS is still learned
+        tokenizer.pad_token = tokenizer.eos_token  # labels and masks follow lengths, so EOS is still trained
     return tokenizer if args.where == "prompt_end" else with_thought_tokens(tokenizer, config, args.where)
 
 
 def load_base(args: Namespace, tokenizer: Tokenizer) -> PreTrainedModel:
-    """The base, with the command line's decoding options in place of its own."""
+    """Load the base, with the decoding options of the command line instead of its own."""
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     own = base.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     decoding = sampling if args.temperature > 0 else {"do_sample": False}
-    # `generate` would fill the gaps of a config passed to it from the base's own, with penalties for example.
+    # `generate` would complete a config passed to it with values of the base's own, such as penalties.
     base.generation_config = GenerationConfig(
         max_new_tokens=args.max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, **decoding
     )
@@ -162,7 +175,7 @@ def load_base(args: Namespace, tokenizer: Tokenizer) -> PreTrainedModel:
 
 
 def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
-    """Train with the plain `Trainer` and save the last weights, with the tokenizer."""
+    """Train with the plain `Trainer`, and save the final weights and the tokenizer."""
     options = TrainingArguments(
         output_dir=args.output_dir,
         learning_rate=args.learning_rate,
@@ -170,7 +183,7 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         bf16=args.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # bf16 asks for it
+        use_cpu=not torch.accelerator.is_available(),  # required for bf16
         logging_steps=0.05,  # of all steps
         save_strategy="epoch",
         save_total_limit=1,
@@ -190,7 +203,7 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
 
 
 def cache_thoughts(model: PeftModel, rows: list[Example], args: Namespace) -> None:
-    """Compute the thoughts of all rows, on the model's device, unless an earlier run or process has; use them."""
+    """Compute the thoughts of all rows on the model's device, or reuse those of an earlier run or process."""
     from datasets import Dataset
     from datasets.fingerprint import Hasher
 
@@ -204,24 +217,24 @@ def cache_thoughts(model: PeftModel, rows: list[Example], args: Namespace) -> No
 
 
 def last_whole_checkpoint(folder: str | Path) -> str:
-    """The last checkpoint that was written to its end; `Trainer` itself takes the last one, and fails on a half."""
+    """Return the last complete checkpoint. `Trainer` itself takes the last one, and fails if it is incomplete."""
     paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         with suppress(OSError, json.JSONDecodeError):
-            json.loads((path / "trainer_state.json").read_bytes())  # what `Trainer` writes last
+            json.loads((path / "trainer_state.json").read_bytes())  # the file that `Trainer` writes last
             return str(path)
-    raise ValueError(f"`--resume` needs a checkpoint in `--output-dir`, {str(folder)!r} holds no whole one.")
+    raise ValueError(f"`--resume` needs a complete checkpoint in `--output-dir`, but {str(folder)!r} has none.")
 
 
 @torch.no_grad()
 def training_loss(model: PeftModel, collator: DataCollatorForSeq2Seq, rows: list[Example]) -> float:
-    """Mean loss of some rows, with as many thoughts as in training."""
+    """Return the mean loss of some rows, with the number of thoughts in training."""
     model.train()
     return sum(model(**collator([row]).to(model.device)).loss.item() for row in rows) / len(rows)
 
 
 def solve(model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts: int, seed: int) -> list[str]:
-    """Solutions of one batch of problems."""
+    """Generate the solutions of one batch of problems."""
     prompts = [{"input_ids": encode_prompt(tokenizer, row["question"], num_thoughts)} for row in rows]
     batch = DataCollatorForSeq2Seq(tokenizer)(prompts).to(model.device)  # padded on the left
     torch.manual_seed(seed)
@@ -233,7 +246,7 @@ def solve(model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts:
 def evaluate(
     name: str, model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts: int, args: Namespace
 ) -> list[str]:
-    """Solve all problems, the batches shared out between the processes, and print the exact match."""
+    """Solve all problems, with batches distributed over the processes, and print the exact match."""
     state, size = PartialState(), args.eval_batch_size
     starts = range(size * state.process_index, len(rows), size * state.num_processes)
     found: list[tuple[int, list[str]]] = []
@@ -246,16 +259,16 @@ def evaluate(
 
 
 def check_saved(args: Namespace, tokenizer: Tokenizer, rows: list[Row], solutions: list[str]) -> None:
-    """Load the saved adapter into a base loaded anew, and compare its solutions of one batch."""
+    """Load the saved adapter into a newly loaded base, and compare its solutions of one batch."""
     model = PeftModel.from_pretrained(load_base(args, tokenizer), args.output_dir).to(PartialState().device)
     same = sum(map(str.__eq__, solve(model, tokenizer, rows, args.inference_thoughts, args.seed), solutions))
-    print(f"Adapter loaded again: {same} of {len(rows)} solutions of the first batch are the same")
+    print(f"Reloaded adapter: {same} of {len(rows)} solutions of the first batch are the same")
     if same < len(rows):
         raise RuntimeError(f"The adapter in {args.output_dir!r} does not solve problems as the trained one did.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate, load again."""
+    """Train, evaluate and reload."""
     args = parse_args(argv)
     set_seed(args.seed)
     config = SoftCoTConfig(
@@ -270,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     tokenizer = load_tokenizer(args, config)
     rows = load_rows(args.eval_file, "test", args.max_eval_samples)
-    rows.sort(key=lambda row: len(row["question"]), reverse=True)  # batches of about one length, the longest first
+    rows.sort(key=lambda row: len(row["question"]), reverse=True)  # batches of similar length, the longest first
     if args.controls and 1 in (args.eval_batch_size, len(rows) % args.eval_batch_size):
         raise ValueError(
             f"`--controls` gives a problem the thoughts of another one in its batch, but {len(rows)} problems in "

@@ -1,6 +1,6 @@
-"""The test suite in environments of its own, with figures in docs/support.md; `make test-matrix` runs it.
+"""Runs the test suite in separate environments and writes the results to docs/support.md; see `make test-matrix`.
 
-Needs Python and pip only. An environment that has passed is not run again until the code changes.
+Needs only Python and pip. An environment that has passed does not run again until the code changes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(name: str, torch: str, constraints: list[str], jobs: str) -> dict[str, s
     if result.is_file():
         figures: dict[str, str] = json.loads(result.read_text(encoding="utf-8"))
         if figures["key"] == key:
-            print(f"{name}: passed before")
+            print(f"{name}: passed earlier")
             return figures
     install(python, torch, constraints)
     found = subprocess.run([python, "-c", VERSIONS, *NAMES], check=True, capture_output=True, text=True).stdout
@@ -96,14 +96,14 @@ def run(name: str, torch: str, constraints: list[str], jobs: str) -> dict[str, s
 def main() -> None:
     """Run every environment, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch", required=True, help="the build of torch to install, such as torch==2.13.0")
-    parser.add_argument("--torch-lowest", required=True, help="the same for the lowest versions")
-    parser.add_argument("--jobs", default="2", help="processes of pytest")
+    parser.add_argument("--torch", required=True, help="build of torch to install, such as torch==2.13.0")
+    parser.add_argument("--torch-lowest", required=True, help="build of torch for the lowest versions")
+    parser.add_argument("--jobs", default="2", help="number of pytest processes")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     environments = {
-        "lowest": ("lowest that are claimed", options.torch_lowest, floors()),
-        "serving": ("those of serving engines", options.torch, ["transformers==5.19.*"]),
+        "lowest": ("lowest supported", options.torch_lowest, floors()),
+        "serving": ("pinned by serving engines", options.torch, ["transformers==5.19.*"]),
         "newest": ("newest", options.torch, []),
     }
     columns = ("versions", "passed", "skipped", "seconds", "date")

@@ -1,4 +1,4 @@
-"""The systems that SoftCoT is compared with, and SoftCoT itself, all of one shape ([`System`])."""
+"""SoftCoT and the systems it is compared with, all with the interface of [`System`]."""
 
 from .assist_cot import AssistCoT
 from .coconut import Coconut

@@ -1,13 +1,13 @@
-"""Coconut: the base is fine-tuned to think in its own hidden states before it writes.
+"""Coconut: the base is fine-tuned to reason in its own hidden states before it answers.
 
 Hao et al. 2024, "Training Large Language Models to Reason in a Continuous Latent Space", arXiv 2412.06769, section 3.
 
     z_1 = LM(prompt).hidden[-1],   z_k+1 = LM(prompt, z_1 ... z_k).hidden[-1]
     loss = NLL(response | prompt, z_1 ... z_N)          trained: all weights, through all N steps
 
-The number of latent steps is fixed, so the paper's tokens around them are left out. Its curriculum replaces one
-written step after another by latent ones; here the response stays whole in every stage, since all systems are scored
-on it.
+The number of latent steps is fixed, so the paper's tokens around them are omitted. The paper's curriculum replaces
+written steps by latent ones, one after another. Here every stage keeps the whole response, because all systems are
+scored on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LatentReasoner(nn.Module):
     """A language model with N latent steps between prompt and response.
 
     Args:
-        base: A decoder LM whose hidden states are as wide as its input embeddings.
+        base: A decoder LM whose hidden states have the same width as its input embeddings.
         steps: N, at least 1.
     """
 
@@ -38,13 +38,13 @@ class LatentReasoner(nn.Module):
         self.steps = steps
 
     def think(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
-        """The latent steps of left-padded prompts `(B, L)`: `(B, N, H)`, and a cache of all but the last."""
+        """Return the latents `(B, N, H)` of left-padded prompts `(B, L)`, and a cache of all but the last."""
         cache = DynamicCache(config=self.base.config)
         embeddings = self.base.get_input_embeddings()(ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         latents: list[Tensor] = []
         for _ in range(self.steps):
-            # By place, since releases of transformers differ in how they call the cache.
+            # Positional arguments, because transformers releases name the cache argument differently.
             output = self.base(
                 None, mask, positions, cache, embeddings, use_cache=True, output_hidden_states=True, logits_to_keep=1
             )
@@ -55,13 +55,13 @@ class LatentReasoner(nn.Module):
         return torch.cat(latents, 1), cache
 
     def forward(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean loss of the response, and its logits.
+        """Return the mean loss of the response, and its logits.
 
         Args:
             prompt: Left-padded ids, `(B, L)`.
             prompt_mask: `(B, L)`.
             response: Right-padded ids, `(B, M)`.
-            labels: `(B, M)`, the response with -100 over its padding.
+            labels: `(B, M)`, the response with -100 at its padding.
         """
         latents, cache = self.think(prompt, prompt_mask)
         written = self.base.get_input_embeddings()(response[:, :-1])
@@ -78,7 +78,7 @@ class LatentReasoner(nn.Module):
         return {"loss": cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), "logits": logits}
 
     def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """New ids `(B, M)` for left-padded prompts `(B, L)`."""
+        """Generate new ids `(B, M)` for left-padded prompts `(B, L)`."""
         latents, _ = self.think(ids, mask)
         return self.base.generate(
             inputs_embeds=torch.cat([self.base.get_input_embeddings()(ids), latents], 1),
@@ -92,12 +92,12 @@ class Coconut(Baseline):
 
     Args:
         base: Folder of the base.
-        stages: Latent steps of each stage of training, such as `(2, 4, 8)`; each stage has an equal share of the
-            training steps and an optimizer of its own, as in the paper. Answers are given with the last.
-        **settings: As [`Baseline`] takes them.
+        stages: Latent steps of each training stage, such as `(2, 4, 8)`. Each stage has an equal share of the training
+            steps and its own optimizer, as in the paper. Generation uses the last number.
+        **settings: Arguments of [`Baseline`].
 
     Raises:
-        ValueError: There is no stage, or one without latent steps.
+        ValueError: If there is no stage, or a stage without latent steps.
     """
 
     default_learning_rate = 1e-3
@@ -109,11 +109,11 @@ class Coconut(Baseline):
         super().__init__(base, **settings)
 
     def attach(self, base: PreTrainedModel) -> LatentReasoner:
-        """The base with all of its weights trainable."""
+        """Return the base with all weights trainable."""
         return LatentReasoner(base.requires_grad_(True), self.stages[-1]).eval()
 
     def train(self, examples: Sequence[Example], steps: int, seed: int) -> None:
-        """One stage after the other, each over its own share of the examples."""
+        """Train the stages in order, each on its own share of the examples."""
         count = len(self.stages)
         bounds = [(steps * i // count, steps * (i + 1) // count) for i in range(count)]
         for latent_steps, (first, last) in zip(self.stages, bounds, strict=True):
@@ -124,7 +124,7 @@ class Coconut(Baseline):
         self.model.steps = self.stages[-1]
 
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
-        """Prompts that end, and responses that begin, in the same column."""
+        """Left-pad the prompts and right-pad the responses."""
         prompt, mask = self.left_padded([prompt for prompt, _ in rows])
         responses = [response for _, response in rows]
         return {
@@ -135,5 +135,5 @@ class Coconut(Baseline):
         }
 
     def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """New ids `(B, M)`."""
+        """Generate new ids `(B, M)`."""
         return self.model.generate(ids, mask, **settings)

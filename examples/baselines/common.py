@@ -1,6 +1,6 @@
-"""What all systems share: how they are trained and asked, so that they differ in nothing but the method.
+"""Training and generation shared by all systems, so that only the method differs.
 
-It knows nothing of any one method. Rows are right-padded in training and left-padded in generation.
+Independent of any method. Rows are right-padded in training and left-padded in generation.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ Batch = dict[str, Tensor]
 
 
 class System(Protocol):
-    """What a comparison asks of each of its systems."""
+    """Interface of the compared systems."""
 
     generated_tokens: int
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers `fit` changes."""
+        """Number of trained parameters."""
 
     def fit(self, examples: Sequence[Example], steps: int, seed: int) -> None:
-        """Train anew from the base as it was."""
+        """Train from the original base."""
 
     def answer(self, prompts: Sequence[str], **generation: Any) -> list[str]:
-        """What the system writes after each prompt."""
+        """Return the generated text for each prompt."""
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Rows of ids as `(B, L)`."""
+    """Pad rows of ids to a tensor `(B, L)`."""
     return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
 
 class Baseline:
-    """The base by itself; other systems change what is attached to it and what it is given to read.
+    """The plain base. Other systems override what is attached to it and what it reads.
 
     Args:
         base: Folder of the base and its tokenizer.
-        learning_rate: Peak rate of `fit`; it falls linearly to zero. `None`: the system's own.
-        batch_size: Examples of a training step.
-        max_new_tokens: Most tokens that an answer may have.
+        learning_rate: Peak rate of `fit`; it decays linearly to zero. `None`: the system's default.
+        batch_size: Examples per training step.
+        max_new_tokens: Maximum number of tokens of an answer.
     """
 
     default_learning_rate = 0.0
@@ -73,29 +73,29 @@ class Baseline:
         self.model: Any = self.attach(self.load_base())
 
     def load_base(self) -> PreTrainedModel:
-        """The base anew, frozen."""
+        """Load the base again, frozen."""
         return AutoModelForCausalLM.from_pretrained(self.base).eval().requires_grad_(False)
 
     def attach(self, base: PreTrainedModel) -> nn.Module:
-        """What is trained and asked: the base with whatever the method adds."""
+        """Return the model to train and evaluate: the base with what the method adds."""
         return base
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """What the base reads for each prompt."""
+        """Return the ids that the base reads for each prompt."""
         return [list(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers `fit` changes."""
+        """Number of trained parameters."""
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def fit(self, examples: Sequence[Example], steps: int, seed: int) -> None:
-        """Train anew from the base as it was; a system without trained parameters stays as it is.
+        """Train from the original base; a system without trained parameters is unchanged.
 
         Args:
-            examples: Prompts and responses; `steps * batch_size` of them for one pass over each.
+            examples: Prompts and responses; `steps * batch_size` of them make one epoch.
             steps: Optimizer steps.
-            seed: Of the initial weights and the order of the examples.
+            seed: Seed of the initial weights and the order of the examples.
         """
         if not self.trained_parameters:
             return
@@ -104,7 +104,7 @@ class Baseline:
         self.train(examples, steps, seed)
 
     def train(self, examples: Sequence[Example], steps: int, seed: int) -> None:
-        """Go on training what is attached, with the plain Trainer."""
+        """Train the attached model with the plain `Trainer`."""
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
@@ -128,14 +128,14 @@ class Baseline:
         self.model.eval()
 
     def rows(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-        """Ids of each prompt, and of its response with EOS."""
+        """Return the ids of each prompt and of its response with EOS."""
         prompts = self.prompt_ids([example["prompt"] for example in examples])
         responses = self.tokenizer([example["response"] for example in examples], add_special_tokens=False)
         eos = self.tokenizer.eos_token_id
         return [(prompt, [*ids, eos]) for prompt, ids in zip(prompts, responses["input_ids"], strict=True)]
 
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
-        """Prompt and response in one row, the response labelled: ids, mask and labels, each `(B, L)`."""
+        """Join prompts and responses, with labels on the responses: ids, mask and labels, each `(B, L)`."""
         ids = [[*prompt, *response] for prompt, response in rows]
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id),
@@ -145,7 +145,7 @@ class Baseline:
 
     @torch.no_grad()
     def loss(self, examples: Sequence[Example]) -> float:
-        """Mean negative log-likelihood of a response token, in nats; every batch of 100 counts the same."""
+        """Return the mean negative log-likelihood per response token, in nats, averaged over batches of 100."""
         rows = self.rows(examples)
         device = next(self.model.parameters()).device
         batches = [self.collate(rows[start : start + 100]) for start in range(0, len(rows), 100)]
@@ -154,11 +154,11 @@ class Baseline:
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], **generation: Any) -> list[str]:
-        """What the system writes after each prompt, in batches of 100, greedy unless told otherwise.
+        """Return the generated text for each prompt, in batches of 100, greedy by default.
 
         Args:
             prompts: Questions.
-            **generation: As `generate` takes them, such as `do_sample=True`.
+            **generation: Arguments of `generate`, such as `do_sample=True`.
         """
         settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, **generation}
         answers: list[str] = []
@@ -173,14 +173,14 @@ class Baseline:
         return answers
 
     def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, each `(B, L)`, that end in the last column."""
+        """Return left-padded ids and mask, each `(B, L)`."""
         return pad(rows, self.tokenizer.pad_token_id, "left"), pad([[1] * len(row) for row in rows], 0, "left")
 
     def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """New ids alone, `(B, M)`, for left-padded prompts `(B, L)`."""
+        """Generate new ids `(B, M)` for left-padded prompts `(B, L)`."""
         return self.model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
 
     def count(self, new: Tensor) -> int:
-        """How many tokens were written, each row's EOS among them and its padding not."""
+        """Count the generated tokens, including each row's EOS but not its padding."""
         ends = (new == self.tokenizer.eos_token_id).long()
         return int((ends.cumsum(1) - ends == 0).sum())

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update of every linear layer of the base; PEFT's.
+"""LoRA, as implemented by PEFT: a low-rank update of every linear layer of the base.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 """
@@ -15,12 +15,12 @@ from .common import Baseline
 
 
 class Lora(Baseline):
-    """`W + (alpha / r) B A` in all linear layers but the head; A and B are trained (section 4.1).
+    """`W + (alpha / r) B A` in all linear layers except the head; A and B are trained (section 4.1).
 
     Args:
         base: Folder of the base.
-        rank: r. `alpha` is twice that.
-        **settings: As [`Baseline`] takes them.
+        rank: r; alpha is 2 r.
+        **settings: Arguments of [`Baseline`].
     """
 
     default_learning_rate = 3e-3
@@ -30,7 +30,7 @@ class Lora(Baseline):
         super().__init__(base, **settings)
 
     def attach(self, base: PreTrainedModel) -> PeftModel:
-        """Linear layers get B A; B begins at zero, so the function is the base's at first."""
+        """Add B A to the linear layers. B is initialized to zero, so the model initially equals the base."""
         config = LoraConfig(
             task_type="CAUSAL_LM", r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", lora_dropout=0.0
         )

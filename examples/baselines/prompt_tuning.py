@@ -1,4 +1,4 @@
-"""Prompt tuning: trained vectors before the prompt; PEFT's.
+"""Prompt tuning, as implemented by PEFT: trained vectors before the prompt.
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
 """
@@ -17,12 +17,12 @@ from .common import Baseline
 
 
 class PromptTuning(Baseline):
-    """N trained vectors before the prompt, the same for every prompt; they begin as embeddings of random tokens.
+    """N trained vectors before every prompt, initialized from the embeddings of random tokens.
 
     Args:
         base: Folder of the base.
         num_virtual_tokens: N.
-        **settings: As [`Baseline`] takes them.
+        **settings: Arguments of [`Baseline`].
     """
 
     default_learning_rate = 3e-2
@@ -32,7 +32,7 @@ class PromptTuning(Baseline):
         super().__init__(base, **settings)
 
     def attach(self, base: PreTrainedModel) -> PeftModel:
-        """The base with fresh vectors."""
+        """Return the base with new vectors."""
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.num_virtual_tokens,
@@ -41,9 +41,9 @@ class PromptTuning(Baseline):
         return get_peft_model(base, config).eval()
 
     def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """New ids `(B, M)`; positions count what is attended, so that padding behind the vectors takes none.
+        """Generate new ids `(B, M)`. Position ids count attended tokens, so padding after the vectors takes none.
 
-        PEFT's own `generate` drops position ids, so that rows of a padded batch would differ from the same rows alone.
+        PEFT's own `generate` drops position ids, so rows of a padded batch would differ from the same rows alone.
         """
         base, number = self.model.get_base_model(), self.num_virtual_tokens
         vectors = self.model.get_prompt(batch_size=len(ids))  # (B, N, H)

@@ -1,4 +1,4 @@
-"""SoftCoT: hidden states of a frozen assistant, projected, as soft thoughts of the frozen base.
+"""SoftCoT: projected hidden states of a frozen assistant are soft thoughts for a frozen base.
 
 Xu et al. 2025, "SoftCoT: Soft Chain-of-Thought for Efficient Reasoning with LLMs", arXiv 2502.12134.
 """
@@ -23,8 +23,8 @@ class SoftCoT(Baseline):
         base: Folder of the base.
         assistant: Folder of the assistant and its tokenizer.
         num_thought_tokens: N.
-        config: Further fields of [`SoftCoTConfig`].
-        **settings: As [`Baseline`] takes them.
+        config: Other fields of [`SoftCoTConfig`].
+        **settings: Arguments of [`Baseline`].
     """
 
     default_learning_rate = 2e-2
@@ -46,5 +46,5 @@ class SoftCoT(Baseline):
         super().__init__(base, **settings)
 
     def attach(self, base: PreTrainedModel) -> PeftModel:
-        """The base with a fresh projection; the assistant is loaded when it is first needed."""
+        """Return the base with a new projection. The assistant is loaded on first use."""
         return get_peft_model(base, self.config).eval()

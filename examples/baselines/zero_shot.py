@@ -1,4 +1,4 @@
-"""Zero-shot: the base answers by itself. The wording of a zero-shot CoT prompt belongs to the task, not to the system.
+"""Zero-shot: the base answers alone. The wording of a zero-shot CoT prompt belongs to the task, not to the system.
 
 Kojima et al. 2022, "Large Language Models are Zero-Shot Reasoners", arXiv 2205.11916.
 """
@@ -9,4 +9,4 @@ from .common import Baseline
 
 
 class ZeroShot(Baseline):
-    """The base as it is: nothing is attached, trained or added to the prompt."""
+    """The unchanged base: nothing is attached, trained or added to the prompt."""

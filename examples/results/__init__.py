@@ -1,1 +1,1 @@
-"""The experiments behind `docs/results.md`: what is run, how it is run, and how it is told. See `../report.py`."""
+"""The experiments of `docs/results.md`: their definitions, execution and report. See `../report.py`."""

@@ -1,4 +1,4 @@
-"""The figures, each as two PNG files, for light and for dark pages. It knows nothing of runs."""
+"""Figures, each as two PNG files, for light and dark pages. Independent of the experiments."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from matplotlib.figure import Figure
 
 from .statistics import Share
 
-# Backgrounds are opaque, so that a figure can be read also where a page shows the wrong one of the two.
+# Backgrounds are opaque, so a figure stays readable if a page shows the wrong variant.
 THEMES = {"light": ("#ffffff", "#1f2328", "#d1d9e0"), "dark": ("#0d1117", "#e6edf3", "#3d444d")}
-# Okabe and Ito's colours, which differ also for colour-blind readers, without black and yellow.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without black and yellow.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#a6761d")
 HIGHLIGHT, ERROR = "#D55E00", "#8c8c8c"
-HIGHLIGHTED = ("SoftCoT", "soft thoughts")  # what a name begins with that has its own colour in every figure
+HIGHLIGHTED = ("SoftCoT", "soft thoughts")  # names with these prefixes have their own colour in every figure
 Draw = Callable[[Figure], None]
-Series = Mapping[str, Share]  # shares by system, control or the like
+Series = Mapping[str, Share]  # shares by system, control, etc.
 
 
 def save(draw: Draw, path: Path, size: tuple[float, float]) -> None:
-    """Draw once for each theme, into `path` with `-light.png` and `-dark.png` behind it.
+    """Draw once per theme, and save to `path` with the suffixes `-light.png` and `-dark.png`.
 
     Args:
-        draw: What fills a figure.
-        path: Folder and name, without an ending.
-        size: Width and height in inches, of 110 pixels each.
+        draw: Function that draws on a figure.
+        path: Folder and name, without a suffix.
+        size: Width and height in inches, at 110 pixels per inch.
     """
     for name, (background, text, line) in THEMES.items():
         colours = {
@@ -42,19 +42,19 @@ def save(draw: Draw, path: Path, size: tuple[float, float]) -> None:
         with mpl.rc_context({**style, **colours, "axes.prop_cycle": mpl.cycler(color=COLOURS)}):
             figure = Figure(figsize=size, dpi=110, layout="constrained")
             draw(figure)
-            # without a date or a version, so that the same figures are the same files
+            # no date or version, so equal figures give equal files
             figure.savefig(f"{path}-{name}.png", metadata={"Software": None})
 
 
 def looks(names: Iterable[str]) -> list[tuple[str, str]]:
-    """A colour and a marker for each name."""
+    """Return a colour and a marker for each name."""
     others = iter(COLOURS)
     colours = [HIGHLIGHT if name == "SoftCoT" else next(others) for name in names]
     return list(zip(colours, "osD^vP*X", strict=False))
 
 
 def bars(panels: Mapping[str, Series], label: str = "right answers, %") -> Draw:
-    """Horizontal bars with their intervals; one panel beside the other, all with the same names."""
+    """Horizontal bars with intervals, in panels side by side that share the same names."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -72,7 +72,7 @@ def bars(panels: Mapping[str, Series], label: str = "right answers, %") -> Draw:
 
 
 def lines(series: Mapping[str, Mapping[int, Share]], xlabel: str, logarithmic: bool = False) -> Draw:
-    """Shares against a number, one line for each name, its interval as a band; the axis begins at the lowest."""
+    """Shares against a number: one line per name, with its interval as a band. The axis starts at the lowest value."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
@@ -94,7 +94,7 @@ def lines(series: Mapping[str, Mapping[int, Share]], xlabel: str, logarithmic: b
 
 
 def scatter(points: Mapping[str, tuple[Share, Share]], xlabel: str, ylabel: str) -> Draw:
-    """One point with its two intervals for each name."""
+    """One point per name, with both intervals."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
@@ -112,7 +112,7 @@ def scatter(points: Mapping[str, tuple[Share, Share]], xlabel: str, ylabel: str)
 def heat(
     values: Sequence[Sequence[float]], rows: Sequence[object], columns: Sequence[object], ylabel: str, xlabel: str
 ) -> Draw:
-    """A table of percentages as colours, each written into its cell."""
+    """A table of percentages as a heat map, with the values in the cells."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
@@ -131,7 +131,7 @@ def heat(
 
 
 def maps(panels: Mapping[str, Sequence[Sequence[float]]], label: str, xlabel: str, ylabel: str) -> Draw:
-    """Matrices of numbers between -1 and 1 as colours, one beside the other."""
+    """Matrices of values between -1 and 1 as heat maps, side by side."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]

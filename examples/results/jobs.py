@@ -1,9 +1,9 @@
-"""Which experiments there are. It knows nothing of how they are run or told.
+"""Definitions of the experiments. Independent of how they are run or reported.
 
-Every run trains one system on one kind of problems of the small pair and asks it. All systems have the same base, the
-same training problems in the same order, the same number of steps, and a learning rate of their own, chosen by its
-score on problems that no other run is asked. Every seed has training problems, initial weights and held-out problems
-of its own.
+Every run trains one system on one kind of problem of the small pair and evaluates it. All systems have the same base,
+the same training problems in the same order, and the same number of steps. The learning rate of each system is
+selected by its score on problems that no other run uses. Every seed has its own training problems, initial weights and
+held-out problems.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-TUNING_SEED = 100  # its problems are asked in no other run
-# Peak learning rates that are tried, by system; wide enough that the best one is neither the first nor the last.
+TUNING_SEED = 100  # no other run uses its problems
+# Peak learning rates to search, by system; wide enough that the best one is neither the first nor the last.
 RATES = {
     "prompt tuning": (3e-2, 1e-1, 3e-1),
     "trained placeholders": (3e-3, 1e-2, 3e-2, 1e-1),
@@ -22,39 +22,39 @@ RATES = {
 }
 UNTRAINED = ("zero-shot", "CoT-Unk", "Assist-CoT")
 NUMBERS = (1, 2, 4, 8, 16, 32)  # of thoughts
-WIDTHS = (16, 64, 128)  # of the assistant; 64 is the one that comes with the repository
+WIDTHS = (16, 64, 128)  # of the assistant; the one in the repository has 64
 PLACES = ("user_turn", "prompt_end")
 ASKED_BY_SAMPLING = ("zero-shot", "Assist-CoT", "LoRA", "Coconut", "SoftCoT")
 
 
 @dataclass(frozen=True)
 class Making:
-    """A model that has to be trained first: an assistant of another width, or a base that never saw a hint."""
+    """A model that must be trained first: an assistant of another width, or a base trained without hints."""
 
     what: str  # "base" or "assistant"
     width: int = 64  # of an assistant
 
     @property
     def name(self) -> str:
-        """Name of its result and of its folder."""
+        """Name of the result and of the folder."""
         return "base-without-hints" if self.what == "base" else f"assistant-{self.width}"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One system, trained on one kind of problems, and asked.
+    """One system, trained and evaluated on one kind of problem.
 
     Args:
         system: A key of `RATES`, or one of `UNTRAINED`.
-        kind: Of the problems: one of `small_pair.KINDS`.
-        seed: Of problems, initial weights and order.
-        learning_rate: Peak rate; it falls linearly to zero.
-        thoughts: N in training: thoughts, placeholders, virtual tokens, latent steps.
-        width: Of the assistant.
-        hinted: Whether the base has learned to use hints.
-        place: `"user_turn"` or `"prompt_end"` of a chat, or `""`: behind the question, no chat.
-        asks: What is asked beside problems of its own kind: some of `"digits"`, `"samples"`, `"controls"`,
-            `"numbers"`, `"diagnostics"`, `"characters"`, `"attention"`.
+        kind: Kind of the problems, one of `small_pair.KINDS`.
+        seed: Seed of problems, initial weights and order.
+        learning_rate: Peak rate; it decays linearly to zero.
+        thoughts: N in training: thoughts, placeholders, virtual tokens or latent steps.
+        width: Width of the assistant.
+        hinted: Whether the base was trained to use hints.
+        place: `"user_turn"` or `"prompt_end"` of a chat, or `""` for the end of the question, without a chat.
+        asks: Evaluations in addition to held-out problems of the same kind: any of `"digits"`, `"samples"`,
+            `"controls"`, `"numbers"`, `"diagnostics"`, `"characters"`, `"attention"`.
     """
 
     system: str
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its result."""
+        """Name of the result."""
         parts = [self.system.replace(" ", "-"), self.kind, f"seed{self.seed}", f"rate{self.learning_rate:g}"]
         parts += [f"N{self.thoughts}", f"width{self.width}", *(["unhinted"] if not self.hinted else []), self.place]
         return "_".join(part for part in parts if part)
@@ -79,19 +79,19 @@ Job = Making | Run
 
 
 def makings() -> list[Making]:
-    """Models that do not come with the repository."""
+    """Return the models that are not in the repository."""
     return [Making("base"), *(Making("assistant", width) for width in WIDTHS if width != 64)]
 
 
 def tuning() -> list[Run]:
-    """Every trained system with each of its rates."""
+    """Return a run for every trained system and each of its learning rates."""
     return [
         Run(system, seed=TUNING_SEED, learning_rate=rate, asks=()) for system, rates in RATES.items() for rate in rates
     ]
 
 
 def experiments(rates: Mapping[str, float], seeds: Sequence[int]) -> list[Run]:
-    """All runs that are reported, given the learning rate of each trained system."""
+    """Return all reported runs, given the learning rate of each trained system."""
     runs = []
     for seed in seeds:
         for system in (*UNTRAINED, *RATES):

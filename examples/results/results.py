@@ -1,4 +1,4 @@
-"""What all runs found, looked up by what was run."""
+"""The results of all runs, looked up by the fields of the run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .statistics import Share, share, votes
 from .store import Store
 from .work import Sizes
 
-PLAIN = {"kind": "words", "thoughts": 8, "width": 64, "hinted": True, "place": ""}  # a run's defaults
+PLAIN = {"kind": "words", "thoughts": 8, "width": 64, "hinted": True, "place": ""}  # defaults of a run
 
 
 class Results:
-    """What the runs found, over seeds.
+    """Results of the runs, over seeds.
 
     Args:
-        store: Holds all of `experiments(rates, sizes.seeds)`.
+        store: Results of all `experiments(rates, sizes.seeds)`.
         rates: Learning rate of each trained system.
-        sizes: How much was done.
+        sizes: Size of the experiments.
     """
 
     def __init__(self, store: Store, rates: Mapping[str, float], sizes: Sizes) -> None:
@@ -31,11 +31,11 @@ class Results:
         self.runs = experiments(rates, sizes.seeds)
 
     def found(self, *path: str, **wanted: Any) -> list[Any]:
-        """What stands at a path of keys in the results of certain runs, in the order of seeds.
+        """Return the values at a path of keys in the results of the matching runs, in the order of seeds.
 
         Args:
-            *path: Such as `"controls", "zero"`.
-            **wanted: Fields of `Run`; those that are not given have its defaults.
+            *path: Keys, such as `"controls", "zero vectors"`.
+            **wanted: Fields of `Run`; missing fields have their defaults.
 
         Raises:
             KeyError: No run has these fields.
@@ -47,14 +47,14 @@ class Results:
         return [reduce(lambda value, key: value[key], path, self.store[run]) for run in runs]
 
     def share(self, *path: str, **wanted: Any) -> Share:
-        """The share of right answers; without a path, on problems of the run's own kind."""
+        """Return the share of correct answers; without a path, on problems of the run's own kind."""
         return share(self.found(*(path or ("right",)), **wanted))
 
     def vote(self, samples: int, **wanted: Any) -> Share:
-        """The share of problems whose most frequent result of so many samples is right."""
+        """Return the share of problems whose most frequent result among the first `samples` samples is correct."""
         drawn = self.found("samples", **wanted)
         return share([votes(each["finals"], each["wanted"], samples) for each in drawn])
 
     def median(self, *path: str, **wanted: Any) -> float:
-        """The median over seeds of one number."""
+        """Return the median of a value over seeds."""
         return median(self.found(*path, **wanted))

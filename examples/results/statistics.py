@@ -1,4 +1,4 @@
-"""From right and wrong answers to percentages with intervals, and from samples to votes. Pure functions."""
+"""Pure functions that compute percentages with intervals from answers, and majority votes from samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from statistics import mean, stdev
 
 from scipy.stats import binomtest, t
 
-Runs = Sequence[Sequence[int]]  # for each seed, 1 for a right answer and 0 for a wrong one
+Runs = Sequence[Sequence[int]]  # per seed, 1 for a correct answer and 0 for a wrong one
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers with its 95 % interval, all between 0 and 1."""
+    """A share of correct answers with its 95 % interval, all between 0 and 1."""
 
     mean: float
     low: float
@@ -25,18 +25,18 @@ class Share:
 
 
 def share(runs: Runs, same_questions: bool = False) -> Share:
-    """The mean over seeds, with the wider of two 95 % intervals.
+    """Return the mean over seeds with the wider of two 95 % intervals.
 
-    Student's over the seeds' shares knows how far runs differ (with three seeds it is 2.5 times the standard
-    deviation); Wilson's over all answers (Wilson 1927) knows what a number of answers can tell, also when all are
-    right or all are wrong. Student's is cut to [0, 1].
+    Student's t interval over the seeds' shares reflects how much runs differ (with three seeds it is 2.5 times the
+    standard deviation). Wilson's interval over all answers (Wilson 1927) reflects the number of answers, also if all
+    are correct or all are wrong. Student's is clipped to [0, 1].
 
     Args:
-        runs: For each seed its answers.
-        same_questions: Whether all seeds were asked the same, so that more seeds are not more questions.
+        runs: The answers of each seed.
+        same_questions: Whether all seeds have the same questions, so that more seeds are not more questions.
 
     Raises:
-        ValueError: There is no answer.
+        ValueError: If a seed has no answers.
     """
     if not runs or not all(runs):
         raise ValueError(f"`runs` must hold answers for each seed, got {[len(run) for run in runs]} answers.")
@@ -49,14 +49,14 @@ def share(runs: Runs, same_questions: bool = False) -> Share:
 
 
 def votes(finals: Sequence[Sequence[str]], wanted: Sequence[str], samples: int) -> list[int]:
-    """Self-consistency (Wang et al. 2022, arXiv 2203.11171): 1 where the most frequent of the first samples is right.
+    """Self-consistency (Wang et al. 2022, arXiv 2203.11171): 1 if the most frequent of the first results is correct.
 
-    Of results that are equally frequent the one that came first is taken; an empty result is no vote.
+    The first of several equally frequent results wins; empty results do not vote.
 
     Args:
-        finals: For each problem the results of its samples.
-        wanted: For each problem its right result.
-        samples: How many samples vote.
+        finals: Results of the samples of each problem.
+        wanted: Correct result of each problem.
+        samples: Number of samples that vote.
     """
     counts = [Counter(final for final in drawn[:samples] if final) for drawn in finals]
     return [

@@ -1,4 +1,4 @@
-"""What has been done already: one JSON file for each job, so that a report that was killed goes on where it was."""
+"""Finished jobs, one JSON file each, so that an interrupted report can resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .jobs import Job
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Twelve characters that change with the content of any of the files, and with the libraries that compute."""
+    """Return a hash of twelve characters over the contents of the files and the versions of the libraries."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -25,10 +25,10 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 class Store:
-    """Results in a folder.
+    """Results stored in a folder.
 
     Args:
-        folder: Made if it is missing. It belongs to one state of the code: see `fingerprint`.
+        folder: Created if missing. It belongs to one state of the code; see `fingerprint`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +36,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, job: Job) -> Path:
-        """The file of a job's result; another description is another file."""
+        """Return the file of a job's result; jobs with different fields have different files."""
         described = json.dumps(asdict(job), sort_keys=True)
         return self.folder / f"{job.name}.{hashlib.sha256(described.encode()).hexdigest()[:8]}.json"
 
@@ -47,5 +47,5 @@ class Store:
         return json.loads(self.path(job).read_text(encoding="utf-8"))["result"]
 
     def __setitem__(self, job: Job, result: dict[str, Any]) -> None:
-        """Whole or not at all: the file gets its name when it is complete."""
+        """Write atomically: the file is renamed when it is complete."""
         write_whole(self.path(job), json.dumps({"job": asdict(job), "result": result}))

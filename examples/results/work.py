@@ -1,4 +1,4 @@
-"""How one job is done: from its description to figures that JSON can hold. It knows nothing of other jobs."""
+"""Runs one job, from its definition to JSON-compatible results. Independent of other jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .jobs import NUMBERS, Job, Making, Run
 Result = dict[str, Any]
 Examples = list[dict[str, str]]
 THOUGHT = "<thought>"
-# In a chat the mark is the generation prompt, so that the end of the user turn and of the prompt are two places.
+# In a chat the marker is the generation prompt, so the end of the user turn and of the prompt are different places.
 CHAT = (
     "{% for turn in messages %}{{ turn['content'] }}{% endfor %}{% if add_generation_prompt %}" + MARK + "{% endif %}"
 )
@@ -38,14 +38,14 @@ SAMPLES = 10
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is done; tests do less."""
+    """Size of the experiments; tests use smaller ones."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 600
     batch: int = 16
     asked: int = 400  # held-out problems
-    sampled: int = 200  # of them, each asked `SAMPLES` times at temperature 1
-    seen: int = 40  # of them, whose thoughts are looked at
+    sampled: int = 200  # of these, each sampled `SAMPLES` times at temperature 1
+    seen: int = 40  # of these, whose thoughts are analyzed
     base_steps: int = 3500
     assistant_steps: int = 1500
 
@@ -56,19 +56,19 @@ SMALL = Sizes(
 
 
 def perform(job: Job, sizes: Sizes, pair: Path, made: Path) -> Result:
-    """Do a job.
+    """Run a job.
 
     Args:
-        job: What to do.
-        sizes: How much of it.
+        job: The job.
+        sizes: Size of the experiment.
         pair: Folder of the small pair.
-        made: Folder of the models that jobs make, each in a folder of its job's name.
+        made: Folder of the models that jobs train, each in a subfolder with its job's name.
     """
     return make(job, sizes, made / job.name) if isinstance(job, Making) else run(job, sizes, pair, made)
 
 
 def make(job: Making, sizes: Sizes, folder: Path) -> Result:
-    """Train a model, and see what it can do alone."""
+    """Train a model and evaluate it alone."""
     if job.what == "base":
         load_or_make_base(folder, hinted=0.0, steps=sizes.base_steps)
     else:
@@ -79,7 +79,7 @@ def make(job: Making, sizes: Sizes, folder: Path) -> Result:
 
 
 def run(job: Run, sizes: Sizes, pair: Path, made: Path) -> Result:
-    """Train a system and ask it."""
+    """Train a system and evaluate it."""
     system = build(job, pair, made)
     training = problems(sizes.steps * sizes.batch, job.seed, job.kind)
     own = problems(sizes.asked, 1000 + job.seed, job.kind, held_out=True)
@@ -97,7 +97,7 @@ def run(job: Run, sizes: Sizes, pair: Path, made: Path) -> Result:
 
 
 def build(job: Run, pair: Path, made: Path) -> Baseline:
-    """The system of a run, untrained."""
+    """Create the untrained system of a run."""
     base = pair / "base" if job.hinted else made / Making("base").name
     assistant = pair / "assistant" if job.width == 64 else made / Making("assistant", job.width).name
     number, rate = job.thoughts, {"learning_rate": job.learning_rate}
@@ -116,7 +116,7 @@ def build(job: Run, pair: Path, made: Path) -> Baseline:
 
 
 def as_chats(examples: Examples, system: Baseline, job: Run) -> Examples:
-    """Each problem as a user's turn, with the run of thought tokens at its end if that is the place."""
+    """Format each problem as a user turn, with the run of thought tokens at its end for `"user_turn"`."""
     tokenizer = system.tokenizer
     tokenizer.chat_template = CHAT
     if job.place == "user_turn":
@@ -130,7 +130,7 @@ def as_chats(examples: Examples, system: Baseline, job: Run) -> Examples:
 
 
 def ask(system: Baseline, examples: Examples, **generation: Any) -> tuple[list[int], float]:
-    """Which answers are right to the last character, 1 or 0 each, and the tokens written for an answer."""
+    """Return 1 or 0 for each answer (exact match), and the mean number of generated tokens per answer."""
     before = system.generated_tokens
     answers = system.answer([example["prompt"] for example in examples], **generation)
     right = [int(text == example["response"]) for text, example in zip(answers, examples, strict=True)]
@@ -138,7 +138,7 @@ def ask(system: Baseline, examples: Examples, **generation: Any) -> tuple[list[i
 
 
 def on_digits(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """What became of the base's own skill: with the system, and with its adapter disabled where it has one."""
+    """Evaluate the base's own task with the system, and for SoftCoT also with the adapter disabled."""
     found: Result = {"right": ask(system, digits)[0]}
     if isinstance(system, SoftCoT):
         prompts = [example["prompt"].replace(THOUGHT, "") for example in digits]
@@ -150,7 +150,7 @@ def on_digits(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, j
 
 
 def samples(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """Final results of sampled answers, by problem and sample; what stands behind the last equals sign."""
+    """Return the final results of sampled answers (the text after the last equals sign), by problem and sample."""
     asked = own[: sizes.sampled]
     drawn = []
     for sample in range(SAMPLES):
@@ -161,7 +161,7 @@ def samples(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job
 
 
 def in_controls(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """Which answers are right with the thoughts changed, by control."""
+    """Return which answers are correct with changed thoughts, by control."""
     prompts = [example["prompt"] for example in problems(sizes.sampled, job.seed, job.kind)]
     mean = mean_thoughts(system.model, system.tokenizer, prompts)
     right = {}
@@ -172,7 +172,7 @@ def in_controls(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, 
 
 
 def by_number(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """Which answers are right with other numbers of thoughts than in training, by number."""
+    """Return which answers are correct for each number of thoughts at inference."""
     config = system.model.peft_config["default"]
     right = {}
     for number in NUMBERS:
@@ -183,7 +183,7 @@ def by_number(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, jo
 
 
 def diagnostics(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """What the thoughts are like: similarity across questions, lengths, nearest tokens."""
+    """Compute statistics of the thoughts: similarity across questions, norms, nearest tokens."""
     model, tokenizer, seen = system.model, system.tokenizer, own[: sizes.seen]
     thoughts = collect_thoughts(model, tokenizer, [item["prompt"] for item in seen])
     ranked = nearest_tokens(model, tokenizer, thoughts, count=1)
@@ -198,7 +198,7 @@ def diagnostics(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, 
 
 
 def first_characters(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> list[list[int]]:
-    """For each answer to a chat, which of its first five characters are right: the problem up to its second number."""
+    """Return which of the first five characters of each answer (the problem up to its second number) are correct."""
     answers = system.answer([item["prompt"] for item in own])
     return [
         [int(text[place : place + 1] == item["response"][place]) for place in range(5)]
@@ -207,7 +207,7 @@ def first_characters(system: SoftCoT, own: Examples, digits: Examples, sizes: Si
 
 
 def attention(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """Attention that each token after the thoughts pays to them, by layer; mean over questions."""
+    """Return the attention of each token after the thoughts to the thoughts, by layer; mean over questions."""
     system.model.get_base_model().set_attn_implementation("eager")
     tokenizer = system.tokenizer
     run_id = tokenizer.convert_tokens_to_ids(THOUGHT)

@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from batches import collate
-from project_files import ROOT
-from tiny_pair import QUESTIONS, Pair
+from conftest import QUESTIONS, Pair
 from transformers import TrainingArguments
 
 datasets = pytest.importorskip("datasets")
@@ -21,26 +19,27 @@ CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.usefixtures("nothing_given")
-def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_path: Path) -> None:
-    """The blocks in their order, with the pair of the tests in the place of the named models; they give one a name."""
+def test_the_readme_s_code_runs_from_training_to_the_pipeline(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks in their order, with the pair of the tests in the place of the named models."""
+    monkeypatch.setattr(assistant, "_given", {})  # the README gives one a name
     labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
-        "data": labelled,
         "dataset": datasets.Dataset.from_list(labelled),
         "conversations": datasets.Dataset.from_dict({"messages": [CONVERSATION]}),
-        "collate": collate,
         "tokenizer": pair.tokenizer,
         "my_model": pair.load_base(),
         "my_tokenizer": pair.tokenizer,
     }
     replacements = {
-        "Qwen/Qwen2.5-7B-Instruct": str(pair.base),
-        "Qwen/Qwen2.5-1.5B-Instruct": str(pair.assistant),
+        "Qwen/Qwen2.5-1.5B-Instruct": str(pair.base),
+        "Qwen/Qwen2.5-0.5B-Instruct": str(pair.assistant),
+        "A farmer has 12 hens and buys 34 more. How many hens are there?": QUESTIONS[0],
         "my-adapter": str(tmp_path / "my-adapter"),
         "<|endoftext|>": "<thought>",
-        "Trainer(model=model, ...)": "Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)",
+        "Trainer(model, ": "Trainer(model, arguments, ",
         "SoftCoTConfig(...,": f"SoftCoTConfig(assistant_model_name_or_path={str(pair.assistant)!r},",
         '(assistant_model_name_or_path="my-assistant", ...)': '(assistant_model_name_or_path="my-assistant")',
     }

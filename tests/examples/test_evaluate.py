@@ -212,7 +212,10 @@ def test_no_question_is_left_alone(questions: int, size: int, processes: int, ex
         (["--inference-thoughts", "0"], "`--inference-thoughts` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
         (["--controls", "--adapter", "x", "--batch-size", "1"], "`--batch-size` of at least 2, got 1"),
-        (["--adapter", "./no/such"], "`--adapter` must be a folder or a Hub id .*got './no/such', which is no folder"),
+        (
+            ["--adapter", "./no/such"],
+            "`--adapter` must be a folder or a Hub id .*got './no/such', which is not an existing folder",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: list[str], message: str) -> None:
@@ -225,7 +228,7 @@ def test_a_base_that_is_nowhere_is_named(script: str) -> None:
     module = evaluate if script == "evaluate" else load_example(script)
     others = [] if script == "evaluate" else ["--assistant", "owner/name"]
     with pytest.raises(
-        ValueError, match=r"`--base` must be a folder or a Hub id .*got '/no/such', which is no folder"
+        ValueError, match=r"`--base` must be a folder or a Hub id .*got '/no/such', which is not an existing folder"
     ):
         module.parse_args(["--base", "/no/such", *others])
     module.parse_args(["--base", "owner/name", *others])

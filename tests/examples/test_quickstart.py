@@ -23,7 +23,7 @@ def test_quickstart_runs_and_everything_it_checks_holds(tmp_path: Path, capsys: 
 
 
 def test_quickstart_stops_where_something_does_not_hold() -> None:
-    with pytest.raises(SystemExit, match="should hold and does not: water runs uphill"):
+    with pytest.raises(SystemExit, match="check failed: water runs uphill"):
         quickstart.check(False, "water runs uphill")
 
 
