@@ -47,10 +47,10 @@ test-matrix:  ## run the suite on the lowest and newest versions, and write docs
 	@touch $@
 
 conformance: .venv/engines  ## test all causal-LM types as bases, sharding engines and quantized bases, and write docs/support.md
-	$(BIN)/python -m pytest tests/conformance tests/test_peft_dtypes.py
+	$(BIN)/python -m pytest tests/conformance tests/integrations/test_dtypes.py
 
 fuzz: .venv/dev  ## compare more than 20,000 random cases, half of them in bfloat16, with the equations; about 8 minutes on 2 cores
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/test_properties.py tests/test_columns.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/unit/test_columns_and_placement.py
 
 check: .venv/dev  ## check format, lint and types, as the pre-commit hooks do
 	$(BIN)/ruff format --check .

@@ -37,7 +37,7 @@ Methods compared in a training step:
 
 The goals were set for rows and answers of equal length. Those of unequal length are compared with the same goals.
 
-SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient; `tests/test_benchmarks.py` checks this.
+SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient; `tests/examples/test_benchmarks.py` checks this.
 For larger models, run `make bench SIZE=issue`, or `SIZE=7b` with an accelerator.
 
 ## Theoretical limits
@@ -127,7 +127,7 @@ def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
         f"{found['questions']} prompts with the lengths of GSM8K's questions, in batches of {found['at_once']} "
         f"prompts of similar length. Greedy answers have the lengths of GSM8K's, up to {found['longest']} tokens, or "
         f"{found['each']} tokens each, the same number in total. Finished sequences are dropped from the batch "
-        '(`examples/live_rows.py`), except for "all rows to the end".\n'
+        '(`softcot_peft.live_rows`), except for "all rows to the end".\n'
     )
     yield from _times(found["seconds"], "all answers", 1)
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())

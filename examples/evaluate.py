@@ -42,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--adapter", help="Hub id or folder of an adapter, SoftCoT's or another method's; without one, the base alone")
     add("--tasks", default=",".join(TASKS), help="comma-separated tasks; default: %(default)s")
     add("--data-dir", help="folder with the original files of the data sets, instead of the Hub")
-    add("--controls", action="store_true", help="also evaluate with changed thoughts; see controls.py")
+    add("--controls", action="store_true", help="also evaluate with changed thoughts; see softcot_peft.analysis")
     add("--inference-thoughts", type=int, help="N; default: as in the adapter's config")
     add("--samples", type=int, default=1, help="number of answers per question for majority voting")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -93,8 +93,9 @@ def check(args: argparse.Namespace) -> None:
 
 def questions(args: argparse.Namespace, method: str) -> list[Question]:
     """Return the scores to compute: the base, the adapter's method, and its controls, which are sampled once."""
-    systems = {"base": "no thoughts", method: "soft thoughts"} if args.adapter else {"base": "soft thoughts"}
-    controls = {name: name for name in CONTROLS[2:]} if args.controls else {}
+    systems = {"base": "none", method: "own"} if args.adapter else {"base": "own"}
+    changed = {label: name for name, label in CONTROLS.items() if name not in ("own", "none")}
+    controls = changed if args.controls else {}
     return [
         Question(system, control, task, seed, 1 if system in controls else args.samples)
         for task in args.tasks

@@ -181,14 +181,14 @@ class Evaluation:
         """Return the number of evaluated questions of a task."""
         return min(len(task.eval_docs), self.args.limit or len(task.eval_docs))
 
-    def average(self, task: ConfigurableTask) -> torch.Tensor:
+    def mean(self, task: ConfigurableTask) -> torch.Tensor:
         """Return the thoughts averaged over the first questions of a task, `(N, H_base)`."""
         prompts = [task.doc_to_text(doc) for doc in task.eval_docs.select(range(min(64, len(task.eval_docs))))]
         if self.tokenizer.chat_template is not None:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             prompts = [self.harness.apply_chat_template(turn) for turn in turns]
         special = self.tokenizer.chat_template is None  # a chat template writes special tokens itself
-        return average_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
+        return mean_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
 
     def score(self, question: Question, folder: Path) -> dict[str, Any] | None:
         """Compute one score; return `None` in all processes but the first.
@@ -204,8 +204,8 @@ class Evaluation:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         decoding = sampling if args.temperature > 0 else {"do_sample": False}
         # Without this, a saved template would also write thought tokens for the base.
-        harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "no thoughts" else self.number}
-        average = self.average(task) if question.control == "average" else None
+        harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "none" else self.number}
+        mean = self.mean(task) if question.control == "mean" else None
         tracker = EvaluationTracker(output_path=str(folder / "logs"))
         change = with_thoughts(harness.model, question.control, mean, question.seed) if args.adapter else nullcontext()
         with change:

@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| --- | --- | --- |")
     for system, words, numbers in (("base alone", before, own), ("SoftCoT (disabled for digits)", after, own_after)):
         print(f"| {system} | {share_right(words, worded):.1%} | {share_right(numbers, digits):.1%} |")
-    for control, words in changed.items():
-        print(f"| control: {control} in place of the thoughts | {share_right(words, worded):.1%} | |")
+    for label, words in changed.items():
+        print(f"| control: {label} in place of the thoughts | {share_right(words, worded):.1%} | |")
     print()
     check(own_after == own, "adapter disabled: the answers to the base's own problems are unchanged")
     check(

@@ -46,8 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def sources(pair: Path) -> list[Path]:
     """Return the files that a result depends on."""
-    code = [*HERE.glob("baselines/*.py"), HERE / "controls.py", HERE / "small_pair.py", HERE / "results" / "work.py"]
-    return [*code, *(HERE.parent / "softcot_peft").glob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
+    code = [*HERE.glob("baselines/*.py"), HERE / "small_pair.py", HERE / "results" / "work.py"]
+    return [*code, *(HERE.parent / "softcot_peft").rglob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
 
 
 def prepare() -> None:

@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--bf16", action=BooleanOptionalAction, default=bf16, help="default: on GPUs and CPUs with bfloat16 units")
     add("--cache-thoughts", action="store_true", help="train on precomputed thoughts; 1 to 3 GB in --output-dir")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
-    add("--controls", action="store_true", help="also evaluate with changed thoughts; see controls.py")
+    add("--controls", action="store_true", help="also evaluate with changed thoughts; see softcot_peft.analysis")
     args = parser.parse_args(argv)
     check_source("--base", args.base)
     check_source("--assistant", args.assistant)

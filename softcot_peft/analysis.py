@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ._controls import Model, disabled_adapters, source_of, replacement
+from ._controls import Model, disabled_adapters, replacement, source_of
 
 # The controls of `with_thoughts`, each with a label for tables.
 CONTROLS = {
@@ -112,7 +112,9 @@ def collect_thoughts(
     if len(prompts) == 0:
         raise ValueError("`prompts` must hold at least one prompt, got none.")
     seen: list[Tensor] = []
-    handle = source_of(model).register_forward_hook(lambda module, args, thoughts: seen.append(thoughts.flatten(0, 1).cpu()))
+    handle = source_of(model).register_forward_hook(
+        lambda module, args, thoughts: seen.append(thoughts.flatten(0, 1).cpu())
+    )
     try:
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])

@@ -34,7 +34,7 @@ class Results:
         """Return the values at a path of keys in the results of the matching runs, in the order of seeds.
 
         Args:
-            *path: Keys, such as `"controls", "zero vectors"`.
+            *path: Keys, such as `"controls", "zero"`.
             **wanted: Fields of `Run`; missing fields have their defaults.
 
         Raises:

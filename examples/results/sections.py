@@ -127,8 +127,14 @@ character. With the adapter enabled, the base reads thoughts of an assistant tha
 
 def controls(results: Results) -> Section:
     """SoftCoT with changed thoughts."""
-    found = {kind: {c: results.share("controls", c, system="SoftCoT", kind=kind) for c in CONTROLS} for kind in KINDS}
-    rows = [[control, *(found[kind][control] for kind in KINDS)] for control in CONTROLS]
+    found = {
+        kind: {
+            label: results.share("controls", control, system="SoftCoT", kind=kind)
+            for control, label in CONTROLS.items()
+        }
+        for kind in KINDS
+    }
+    rows = [[label, *(found[kind][label] for kind in KINDS)] for label in CONTROLS.values()]
     text = f"""The same trained adapters; only the vectors that the base reads are changed:
 
 {table(["thoughts", *KINDS], rows)}

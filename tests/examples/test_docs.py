@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import QUESTIONS, Pair
+from project_files import ROOT
+from tiny_pair import QUESTIONS, Pair
 from transformers import TrainingArguments
 
 datasets = pytest.importorskip("datasets")
@@ -19,11 +20,9 @@ CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_readme_s_code_runs_from_training_to_the_pipeline(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The blocks in their order, with the pair of the tests in the place of the named models."""
-    monkeypatch.setattr(assistant, "_given", {})  # the README gives one a name
+@pytest.mark.usefixtures("nothing_given")
+def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_path: Path) -> None:
+    """The blocks in their order, with the pair of the tests in the place of the named models; they give one a name."""
     labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),

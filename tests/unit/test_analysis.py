@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from batches import next_logits
-from tiny_pair import QUESTIONS, Pair
 from oracle import Oracle
 from peft import PeftModel
+from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 
 from softcot_peft import analysis, live_rows

@@ -31,6 +31,8 @@ NOT_DEFAULTS: dict[str, Any] = {
     "assistant_shares_tokenizer": False,
     "tokenizer_name_or_path": "org/tokenizer",
     "assistant_dtype": "bfloat16",
+    "thought_source": "own",
+    "projection": "mlp",
     "init_weights": False,
     "two_pass_training": False,
     "assistant_hidden_size": 24,
