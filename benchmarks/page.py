@@ -37,7 +37,8 @@ Methods compared in a training step:
 
 The goals were set for rows and answers of equal length. Those of unequal length are compared with the same goals.
 
-SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient; `tests/examples/test_benchmarks.py` checks this.
+SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient, as `tests/examples/test_benchmarks.py`
+checks.
 For larger models, run `make bench SIZE=issue`, or `SIZE=7b` with an accelerator.
 
 ## Theoretical limits

@@ -76,6 +76,10 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Every `load_state_dict` comes by here, PEFT's and the user's.
+        old = f"{prefix}softcot_projection."  # 0.1.0: `softcot_projection.default.weight`
+        for key in [key for key in state_dict if key.startswith(old)]:
+            name, _, part = key.removeprefix(old).rpartition(".")
+            state_dict[f"{prefix}{SOURCES}.{name}.projection.{part}"] = state_dict.pop(key)
         filled = {
             name
             for name in self.fresh

@@ -1,4 +1,4 @@
-"""Wires SoftCoT into PEFT: finds the embedding, checks that adapter, assistant and base fit, installs the hooks."""
+"""`SoftCoTModel`: wires SoftCoT into PEFT. Attaches, saves, loads and removes adapters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ._version import __version__
 from .attached import HOOKS, discard, layer_of, path_of, remove_hooks
+from .check_base import check_base, check_plain
 from .checkpoint.weights import SOURCES, check_tensors, name_in_file
 from .compat.engines import device_map_of, is_whole
-from .compat.models import check_decoder_lm, is_table
 from .compat.releases import attached_configs
 from .config import SoftCoTConfig
 from .embedding import SoftCoTLayer
@@ -99,31 +97,7 @@ class SoftCoTModel(BaseTuner):
         return peft_config  # no target modules to choose
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"The base must be a transformers model, got {type(model).__name__}."
-                + (
-                    " Pass its `get_base_model()`, on which its adapters stay, and an `adapter_name` that is new."
-                    if isinstance(model, PeftModel)
-                    else ""
-                )
-            )
-        remedy = "SoftCoT works on models of `AutoModelForCausalLM`."
-        check_decoder_lm(model.config, "The base", remedy, model)
-        if model.get_output_embeddings() is None:
-            raise ValueError(f"The base must have a language-modelling head, got {type(model).__name__}. {remedy}")
-        embedding = model.get_input_embeddings()
-        if not is_table(embedding):
-            raise ValueError(
-                f"The base must have one input embedding, which the thoughts are written over, but that of "
-                f"{type(model).__name__} is a {type(embedding).__name__}. {remedy}"
-            )
-        self._embedding_name = next(name for name, module in model.named_modules() if module is embedding)
-        if "_fsdp_wrapped_module" in self._embedding_name:
-            raise ValueError(
-                "The base must not be wrapped by FSDP yet when an adapter is attached, got its input embedding at "
-                f"{self._embedding_name!r}, where FSDP would not see the adapter. Attach the adapter first."
-            )
+        self._embedding_name = check_base(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As BaseTuner does it; an adapter that is refused leaves no config behind."""
@@ -146,7 +120,7 @@ class SoftCoTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(_plain(target))
+        layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(check_plain(target))
         base = BaseLM(self.model.name_or_path, layer.base_hidden_size, layer.vocabulary)
         layer.update_layer(adapter_name, make_source(cast(SoftCoTConfig, peft_config), base))
         # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
@@ -243,14 +217,3 @@ class SoftCoTModel(BaseTuner):
                 "something that renames modules is wrapped around a part of the base. Load the adapter first."
             )
         return remapped
-
-
-def _plain(embedding: nn.Module) -> nn.Module:
-    """Refuse an embedding that another adapter has wrapped: inside of ours, no loader would find its weights."""
-    if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        raise ValueError(
-            f"The base's input embedding must be free of other adapters, got {type(embedding).__module__}."
-            f"{type(embedding).__name__}. Merge that adapter first (`merge_and_unload()`), or keep the embedding out "
-            "of its `target_modules`, `modules_to_save` and `trainable_token_indices`."
-        )
-    return embedding

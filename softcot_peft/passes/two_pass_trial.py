@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..compat.caches import cache_length, holds_attention_alone
+from ..compat.engines import uncompiled
 from ..compat.eval_mode import evaluating
 from ..compat.in_float32 import in_float32
 from ..embedding import RUNNING
@@ -74,6 +75,7 @@ class TwoPassTrial:
             self._hooked = True
         return True
 
+    @uncompiled
     def before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Have the loss of a training step computed in the place of the head."""
         running = RUNNING.get()

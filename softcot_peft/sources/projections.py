@@ -71,22 +71,28 @@ class LinearProjection(nn.Linear):
             nn.init.normal_(self.weight)
             nn.init.normal_(self.bias)
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Project `(..., H_source)` to `(..., H_base)`, in the projection's dtype and on its device.
+
+        Raises:
+            RuntimeError: The weights are sharded or offloaded and not brought in, or were never loaded.
+        """
+        if not is_whole(self.weight):  # asked here, behind the hooks with which accelerate brings weights in
+            raise RuntimeError(
+                "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
+                "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
+                "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
+                "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
+                "call `load_adapter` or `set_peft_model_state_dict`."
+            )
+        return super().forward(input.to(self.weight))
+
 
 def project(projection: nn.Module, states: Tensor) -> Tensor:
-    """Project states `(B, K, N, H_source)` to `(B, K, N, H_base)`, in the projection's dtype and on its device.
-
-    Raises:
-        RuntimeError: The weights are sharded or offloaded and not gathered here, or were never loaded.
-    """
-    weights = list(projection.parameters())
-    if not all(map(is_whole, weights)):
-        raise RuntimeError(
-            "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
-            "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
-            "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
-            "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
-            "call `load_adapter` or `set_peft_model_state_dict`."
-        )
+    """Project states `(B, K, N, H_source)` to `(B, K, N, H_base)`, in the projection's dtype, outside of autocast."""
+    weight = next(projection.parameters(), None)
+    if weight is not None:  # one that is offloaded does not say where it will run
+        states = states.to(weight) if is_whole(weight) else states.to(weight.dtype)
     with torch.autocast(states.device.type, enabled=False):  # the same thoughts in training and inference
-        projected: Tensor = projection(states.to(weights[0]) if weights else states)
+        projected: Tensor = projection(states)
     return projected

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from batches import gradients
-from helpers import SOURCE
+from helpers import SOURCE, key_of
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -75,8 +75,8 @@ def attach(base: PreTrainedModel) -> PeftModel:
 
 def make_judge(model: PeftModel, base: PreTrainedModel, assistant: PreTrainedModel) -> Judge:
     """The judge of an attached adapter and a copy of its base."""
-    (weight,) = (value for name, value in model.named_parameters() if name.endswith("default.weight"))
-    (bias,) = (value for name, value in model.named_parameters() if name.endswith("default.bias"))
+    (weight,) = (value for name, value in model.named_parameters() if name.endswith(key_of("weight")))
+    (bias,) = (value for name, value in model.named_parameters() if name.endswith(key_of("bias")))
     base.requires_grad_(False)  # as under an adapter; some compute in another order with gradient
     return Judge(base, assistant, THOUGHT_ID, N, weight, bias)
 

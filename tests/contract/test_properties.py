@@ -256,7 +256,7 @@ def make_world(
     torch.manual_seed(1)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     projection = projection_of(model)
-    projection.register_forward_hook(lambda *args: world.seen.append(args[2].detach()))
+    projection.register_forward_hook(lambda *args: world.seen.append(args[2].detach().flatten(0, 1)))
     rest = (
         base_tokenizer,
         assistant_tokenizer,
