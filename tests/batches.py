@@ -58,12 +58,18 @@ def last_labels(ids: Tensor, count: int) -> Tensor:
     return labels
 
 
+def one_more(batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """What follows a cached batch when it goes on with these tokens, `(B, T)`."""
+    mask = torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(tokens.shape)], dim=1)
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
 # What a model says
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}  # logits around 10, of several hundred roundings
 
 
-def up_to_eos(rows: Sequence[list[int]], eos: int = 1, pad: int = 0) -> list[list[int]]:
+def up_to_eos(rows: Sequence[list[int]], pad: int = 0, eos: int = 1) -> list[list[int]]:
     """Each row up to and with its first EOS; nothing but padding may follow it."""
     ends = [row.index(eos) + 1 if eos in row else len(row) for row in rows]
     assert all(set(row[end:]) <= {pad} for row, end in zip(rows, ends, strict=True))
@@ -78,9 +84,9 @@ def after_prompts(output: Tensor, batch: dict[str, Tensor]) -> list[list[int]]:
     return output[:, length:].tolist()
 
 
-def new_tokens(output: Tensor, batch: dict[str, Tensor]) -> list[list[int]]:
+def new_tokens(output: Tensor, batch: dict[str, Tensor], pad: int = 0) -> list[list[int]]:
     """The same, each row up to and with its EOS."""
-    return up_to_eos(after_prompts(output, batch))
+    return up_to_eos(after_prompts(output, batch), pad)
 
 
 def generated(model: nn.Module, batch: dict[str, Tensor], new: int, **options: Any) -> list[list[int]]:

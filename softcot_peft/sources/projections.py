@@ -71,7 +71,7 @@ class LinearProjection(nn.Linear):
             nn.init.normal_(self.weight)
             nn.init.normal_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, states: Tensor) -> Tensor:
         """Project `(..., H_source)` to `(..., H_base)`, in the projection's dtype and on its device.
 
         Raises:
@@ -85,7 +85,7 @@ class LinearProjection(nn.Linear):
                 "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
                 "call `load_adapter` or `set_peft_model_state_dict`."
             )
-        return super().forward(input.to(self.weight))
+        return super().forward(states.to(self.weight))
 
 
 def project(projection: nn.Module, states: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def check_training(model: PeftModel, judge: Judge) -> list[str]:
     check_step(model, judge, model(**make_batch([0], judge)).loss)
     model.eval()
     divided = check_two_passes(model, judge)
-    assert divided == divides_in_bfloat16(judge)
+    assert not divided or divides_in_bfloat16(judge)
     return remarks if divided else [*remarks, ONE_PASS]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import next_logits
 from helpers import limit_parameters, reader_of
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from project_files import rewrite
@@ -93,8 +94,7 @@ def load(route: str, pair: Pair, folder: Path) -> Any:
 
 
 def answers(model: nn.Module, pair: Pair) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**pair.batch(QUESTIONS), logits_to_keep=1).logits
+    return next_logits(model.eval(), pair.batch(QUESTIONS))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import CLOSE
+from batches import CLOSE, one_more
 from helpers import CACHE_NAME
 from oracle import Oracle
 from peft import PeftModel
@@ -27,11 +27,6 @@ N = 4
 def prefilled(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Any:
     with torch.no_grad():
         return model(**batch, use_cache=True, logits_to_keep=1, **options)
-
-
-def one_more(batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    mask = torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(tokens.shape)], dim=1)
-    return {"input_ids": tokens, "attention_mask": mask}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import check_against, generated
+from batches import check_against, generated, one_more
 from helpers import CACHE_NAME
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
@@ -108,11 +108,6 @@ def test_an_embedding_replaced_after_attaching_is_refused(pair: Pair, model: Pef
     batch = pair.batch(QUESTIONS)
     with pytest.raises(RuntimeError, match="must write the thoughts, but was not run"):
         model(**batch, logits_to_keep=1) if call == "forward" else model.generate(**batch, max_new_tokens=2)
-
-
-def one_more(batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    mask = torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(tokens.shape)], dim=1)
-    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def test_a_logits_processor_may_run_the_model(pair: Pair, model: PeftModel) -> None:

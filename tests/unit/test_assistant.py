@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import generated, training_loss
+from batches import generated, next_logits, training_loss
 from helpers import (
     OWN_MODULES,
     Assistant,
@@ -87,7 +87,7 @@ def give(model: PreTrainedModel | PeftModel, pair: Pair) -> str:
 
 def logits(model: nn.Module, pair: Pair) -> Tensor:
     """Logits of the token after each question, `(B, V)`."""
-    return model(**pair.batch(QUESTIONS), logits_to_keep=1).logits[:, -1]
+    return next_logits(model, pair.batch(QUESTIONS))
 
 
 def watch(model: PreTrainedModel, look: Callable[[nn.Module], Any]) -> list[Any]:

@@ -34,6 +34,8 @@ from transformers.utils import chat_template_utils
 
 from softcot_peft import compute_thoughts, use_assistant, use_thoughts, use_tokenizer
 
+pytestmark = pytest.mark.usefixtures("nothing_given")
+
 N, NEW = 4, 5
 LOSES = "has no tokens for"
 
