@@ -47,10 +47,10 @@ test-matrix:  ## the suite on the lowest and newest versions; writes docs/suppor
 	@touch $@
 
 conformance: .venv/engines  ## all causal-LM types as bases, sharding engines, quantised bases; writes docs/support.md
-	$(BIN)/python -m pytest tests/conformance tests/test_peft_dtypes.py
+	$(BIN)/python -m pytest tests/conformance tests/integrations/test_dtypes.py
 
 fuzz: .venv/dev  ## more than 20,000 random cases against the equations, half of them in bfloat16, from a new seed; some 8 minutes on 2 cores
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/test_properties.py tests/test_columns.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/unit/test_columns_and_placement.py
 
 check: .venv/dev  ## format, lint and types, as the pre-commit hooks run them
 	$(BIN)/ruff format --check .

@@ -38,7 +38,8 @@ The rivals of a training step:
 
 Goals are for rows and answers of one length each; those of unequal length are held against the same goals.
 
-SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient, which `tests/test_benchmarks.py` checks.
+SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient, which
+`tests/examples/test_benchmarks.py` checks.
 Larger models: `make bench SIZE=issue`, and `SIZE=7b` where there is an accelerator.
 
 ## What the arithmetic allows

@@ -48,13 +48,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(pair: Pair) -> PeftModel:
-    """Automatic placement of 4 thoughts, an assistant with another tokenizer; shared, so tests leave it as it was."""
+    """Automatic placement of 4 thoughts, an assistant with another tokenizer; a test may change it."""
     return pair.model(thought_token="<thought>")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def oracle(pair: Pair, model: PeftModel) -> Oracle:
     """What `model` must do."""
     return Oracle.of(model, pair.base, pair.assistant, 4)

@@ -1,4 +1,4 @@
-"""Runs `distributed/train.py` in one process or several, and compares what came out."""
+"""Runs `train_script.py` in one process or several, and compares what came out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROJECTION, labelled, process_environment, responses_of
+from batches import labelled, responses_of
+from helpers import PROJECTION
 from peft import PeftModel
+from project_files import process_environment
 from safetensors.torch import load_file
 from tiny_pair import ANSWERS, QUESTIONS, Pair
 
-SCRIPT = Path(__file__).parent / "distributed" / "train.py"
+SCRIPT = Path(__file__).with_name("train_script.py")
 STEPS, ROWS = 6, 4  # rows per step, over all processes
 KEY = f"base_model.model.model.embed_tokens.{PROJECTION}"
 

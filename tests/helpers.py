@@ -1,28 +1,20 @@
-"""What several test files share.
+"""The only place where the tests reach into the package: when its internals are renamed, only this file follows.
 
-The first part is the only place where the tests reach into the package: when its internals are renamed, only this part
-follows. Importing it loads no model and needs no pytest, so that scripts can use it, too.
+Importing it loads no model and needs no pytest, so that scripts can use it, too.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from softcot_peft import assistant as _assistant_module
+from softcot_peft import head_loss
 from softcot_peft import reader as _reader_module
 from softcot_peft._compat import (
     CACHE_NAME,
@@ -43,7 +35,6 @@ from softcot_peft.reader import PromptReader
 
 if TYPE_CHECKING:
     import pytest
-    from tiny_pair import Pair
 
 __all__ = [  # private names that tests use under these names
     "CACHE_NAME",
@@ -55,6 +46,7 @@ __all__ = [  # private names that tests use under these names
     "evaluating",
     "find_assistant",
     "find_cache",
+    "head_loss",
     "insert",
     "insert_positions",
     "is_whole",
@@ -73,6 +65,7 @@ __all__ = [  # private names that tests use under these names
 
 # Where the package's objects are
 
+OWN_MODULES = {"SoftCoTLayer", "ThoughtProjection", "ModuleDict"}  # what an adapter adds to a base
 PROJECTION = "softcot_projection"  # what the trained modules are called within the wrapped embedding, and in files
 
 
@@ -236,6 +229,17 @@ def assistant_passes(
 
 
 @contextmanager
+def recorded_thoughts(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the soft thoughts of every pass."""
+    thoughts: list[Tensor] = []
+    handle = projection_of(model).register_forward_hook(lambda *args: thoughts.append(args[2].detach()))
+    try:
+        yield thoughts
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def assistant_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Collects the shape of each input that any assistant reads."""
     shapes: list[tuple[int, ...]] = []
@@ -248,142 +252,3 @@ def assistant_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int,
     with monkeypatch.context() as patch:
         patch.setattr(Assistant, "hidden_states", read)
         yield shapes
-
-
-# Here ends what knows the package's internals. What the base does:
-
-
-@contextmanager
-def base_passes(model: nn.Module) -> Iterator[list[int]]:
-    """Collects how many rows each run of a Llama's first layer has, with an adapter or without."""
-    rows: list[int] = []
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    handle = base.model.layers[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    try:
-        yield rows
-    finally:
-        handle.remove()
-
-
-# Rows and batches
-
-IGNORED = -100
-
-
-def responses_of(pair: Pair, answers: Sequence[str]) -> list[list[int]]:
-    """Answers as ids, each with an EOS."""
-    return pair.rows([answer + "<eos>" for answer in answers])
-
-
-def labelled(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], between: Sequence[int] = ()
-) -> list[dict[str, list[int]]]:
-    """Rows with labels on their responses; `between` stands between prompt and response."""
-    rows = [([*prompt, *between], response) for prompt, response in zip(prompts, responses, strict=True)]
-    return [
-        {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response} for prompt, response in rows
-    ]
-
-
-def collate(rows: Sequence[dict[str, list[int]]], side: str = "right") -> dict[str, Tensor]:
-    """Labelled rows as a batch, padded on a side."""
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    rows = [{"attention_mask": [1] * len(row["input_ids"])} | row for row in rows]
-    return {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill, side) for name, fill in fills.items()
-    }
-
-
-def last_labels(ids: Tensor, count: int) -> Tensor:
-    """Labels on the last tokens of every row."""
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, -count:] = ids[:, -count:]
-    return labels
-
-
-# What a model says
-
-
-def up_to_eos(rows: Sequence[list[int]], eos: int = 1, pad: int = 0) -> list[list[int]]:
-    """Each row up to and with its first EOS; nothing but padding may follow it."""
-    ends = [row.index(eos) + 1 if eos in row else len(row) for row in rows]
-    assert all(set(row[end:]) <= {pad} for row, end in zip(rows, ends, strict=True))
-    return [row[:end] for row, end in zip(rows, ends, strict=True)]
-
-
-def after_prompts(output: Tensor, batch: dict[str, Tensor]) -> list[list[int]]:
-    """What `generate` returned after the prompts of a batch, which must be the caller's."""
-    length = batch["input_ids"].shape[1]
-    copies = output.shape[0] // batch["input_ids"].shape[0]
-    assert torch.equal(output[:, :length], batch["input_ids"].repeat_interleave(copies, 0))
-    return output[:, length:].tolist()
-
-
-def new_tokens(output: Tensor, batch: dict[str, Tensor]) -> list[list[int]]:
-    """The same, each row up to and with its EOS."""
-    return up_to_eos(after_prompts(output, batch))
-
-
-def generated(model: nn.Module, batch: dict[str, Tensor], new: int, **options: Any) -> list[list[int]]:
-    """New tokens of a batch, each row up to and with its EOS; with `min_new_tokens`, exactly as many."""
-    return new_tokens(model.generate(**batch, max_new_tokens=new, **options), batch)
-
-
-def next_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits of the token after each row of a batch, `(B, V)`."""
-    with torch.no_grad():
-        return model(**batch, logits_to_keep=1).logits[:, -1]
-
-
-def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
-    """The output of a step, and the gradients of what is trained."""
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    return output, [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
-
-
-def losses(trainer: Trainer) -> list[float]:
-    """The losses that a trainer logged."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether two state dicts are bit-identical."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-# Files and processes
-
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
-
-
-def process_environment() -> dict[str, str]:
-    """The environment of a process that imports the package, and these helpers."""
-    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-
-
-def load_example(name: str) -> Any:
-    """A script of examples/, which is no package; one imports another by its name, as when it is run."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-def load_script(path: Path, name: str, known: bool = False) -> Any:
-    """A module from a file, under a name of its own; `known`: whether others can import it under this name."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    if known:
-        sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def rewrite(folder: Path, file: str = "adapter_config.json", **changes: object) -> str:
-    """Change fields of a JSON file, by default of a saved adapter's config; returns the folder."""
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-    return str(folder)

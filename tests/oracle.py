@@ -9,6 +9,7 @@ It uses models loaded anew from their folders and shares no code with the packag
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,9 @@ class Oracle:
         logits = self.logits(before, tail)
         predicting = logits[-len(response) - 1 : -1]
         return torch.nn.functional.cross_entropy(predicting, torch.tensor(response))
+
+    def mean_loss(self, rows: Iterable[tuple[list[int], ...]]) -> Tensor:
+        """Mean NLL of all tokens of the responses; rows hold what `loss` takes."""
+        rows = list(rows)
+        losses = torch.stack([self.loss(*row) * len(row[1]) for row in rows])
+        return losses.sum() / sum(len(row[1]) for row in rows)

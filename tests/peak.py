@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers import last_labels
+from batches import last_labels
 from peft import PeftModel, get_peft_model
 from tiny_pair import make_assistant, make_base, make_base_tokenizer
 from torch import Tensor, nn

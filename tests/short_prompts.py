@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import helpers
+import batches
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 
@@ -12,9 +12,9 @@ PROMPTS = [QUESTIONS[1], QUESTIONS[3], "Seven?"]
 
 def answers(model: nn.Module, pair: Pair) -> list[list[int]]:
     """Greedy new tokens of each prompt, up to its EOS."""
-    return helpers.generated(model, pair.batch(PROMPTS), NEW)
+    return batches.generated(model, pair.batch(PROMPTS), NEW)
 
 
 def next_logits(model: nn.Module, pair: Pair) -> Tensor:
     """Logits of the token after each prompt."""
-    return helpers.next_logits(model, pair.batch(PROMPTS))
+    return batches.next_logits(model, pair.batch(PROMPTS))

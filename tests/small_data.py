@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT
+from project_files import ROOT
 
 DATA = Path(os.environ.get("SOFTCOT_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data beside the project, nor in SOFTCOT_DATA")

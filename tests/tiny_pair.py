@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -85,6 +87,13 @@ def make_assistant_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
         eos_token="[EOS]",
         chat_template=ASSISTANT_TEMPLATE if chat else None,
     )
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer with another chat template."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 def make_base(vocab_size: int, **changes: object) -> LlamaForCausalLM:

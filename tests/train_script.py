@@ -19,8 +19,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
-from helpers import collate, is_whole, losses
+from batches import collate
+from helpers import is_whole
 from peft import get_peft_model
+from trainers import losses
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from softcot_peft import SoftCoTConfig

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from transformers import PreTrainedModel, logging
 
-from .families import TYPES
-from .holding import make_assistant
-from .table import Row, write
+from conformance.families import TYPES
+from conformance.holding import make_assistant
+from conformance.table import Row, write
 
 
 @pytest.fixture(scope="session")

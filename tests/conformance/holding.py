@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROJECTION, gradients
+from batches import gradients
+from helpers import PROJECTION
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from conformance.families import VOCAB
+from conformance.judge import IGNORED, Judge, padded
 from softcot_peft import SoftCoTConfig, use_assistant
-
-from .families import VOCAB
-from .judge import IGNORED, Judge, padded
 
 ASSISTANT = "an assistant for every family"
 PROMPTS = [[5, 9, 30, 12, 41, 8, 22], [17, 4, 33]]

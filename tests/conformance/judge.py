@@ -6,6 +6,9 @@
 
 The base here is a copy without an adapter. It takes the rows as `inputs_embeds`, or, where it looks at ids beside the
 embeddings, as ids with the filler at the thought positions, the embedding's output being replaced there.
+
+It stands beside tests/oracle.py because families ask for more than a pair of folders: models without a folder, a base
+that does not take embeddings alone, a projection that is still being trained, and the base's own loss and `generate`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from .families import (
+from conformance.families import (
     ENCODER_DECODERS,
     REFUSED,
     TYPES,
@@ -31,8 +31,8 @@ from .families import (
     tiny_config,
     traits,
 )
-from .holding import attach, check_family, make_batch, make_judge
-from .table import Row
+from conformance.holding import attach, check_family, make_batch, make_judge
+from conformance.table import Row
 
 Report = Callable[[Row], None]
 # Types with a class that reads with an encoder. The one left out has a decoder that hears: it is no encoder-decoder.

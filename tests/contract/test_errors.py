@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHE_NAME, break_assistants, collate, labelled, rewrite
+from batches import collate, labelled
+from helpers import CACHE_NAME, break_assistants
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from project_files import rewrite
 from safetensors.torch import load_file, save_file
 from tiny_pair import QUESTIONS, Pair, make_assistant_tokenizer
 from torch import Tensor, nn

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHE_NAME, base_passes, break_assistants, generated
+from batches import CLOSE, base_passes, generated
+from helpers import CACHE_NAME, break_assistants
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from tiny_pair import QUESTIONS, Pair
@@ -31,7 +32,6 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 N, NEW = 4, 5
-CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import limit_parameters, reader_of, rewrite
+from batches import next_logits
+from helpers import limit_parameters, reader_of
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from project_files import rewrite
 from safetensors.torch import load_file, save_file
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
@@ -92,8 +94,7 @@ def load(route: str, pair: Pair, folder: Path) -> Any:
 
 
 def answers(model: nn.Module, pair: Pair) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**pair.batch(QUESTIONS), logits_to_keep=1).logits
+    return next_logits(model.eval(), pair.batch(QUESTIONS))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -19,37 +19,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import (
-    IGNORED,
-    assistant_of,
-    assistant_reads,
-    backbone_of,
-    break_assistants,
-    collate,
-    gradients,
-    is_loaded,
-    labelled,
-    losses,
-    process_environment,
-    prompt_keys,
-    reader_of,
-    responses_of,
-    tokenizer_state,
-)
-from hypothesis import given
-from hypothesis import strategies as st
+from batches import IGNORED, collate, gradients, labelled, responses_of
+from helpers import assistant_of, assistant_reads, backbone_of, break_assistants, is_loaded, reader_of, tokenizer_state
 from peft import PeftModel
+from project_files import process_environment
 from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from trainers import SETTINGS, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizer, Trainer, TrainingArguments
 
 from softcot_peft import compute_thoughts, use_assistant, use_thoughts
 
 datasets = pytest.importorskip("datasets")
-
 pytestmark = pytest.mark.usefixtures("nothing_given")
-
 N = 4
 KINDS = {
     "automatic": {},
@@ -100,61 +82,6 @@ def no_assistant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         break_assistants(patch, AssertionError("the assistant was needed"), loading=True)
         yield
-
-
-# Keys
-
-
-def key_of(ids: list[int], num: int) -> int:
-    """The key of one prompt, in Python's numbers, from the definition."""
-    most = 2**64 - 1
-
-    def factor(place: int) -> int:
-        mixed = (place + 1) * 0x9E3779B97F4A7C15 & most
-        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & most
-        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & most
-        return mixed ^ mixed >> 31 | 1
-
-    def spread(number: int) -> int:
-        product = number * 0x9E3779B97F4A7C15 & most
-        high = product >> 32 | (0xFFFFFFFF00000000 if product >> 63 else 0)  # as a signed number is moved
-        return product ^ high | 1
-
-    total = factor(0) * num
-    for place, token in enumerate(reversed(ids)):
-        total += factor(place + 1) * spread(token + 1)
-    total &= most
-    return total - 2**64 if total >> 63 else total
-
-
-PROMPTS = st.lists(st.lists(st.integers(0, 2**18), min_size=1, max_size=20), min_size=1, max_size=5)
-
-
-@given(PROMPTS, st.integers(1, 64), st.integers(0, 30), st.integers(0, 3))
-def test_keys_are_those_of_single_prompts_however_they_are_padded(
-    prompts: list[list[int]], num: int, padding: int, filler: int
-) -> None:
-    ids = pad_sequence([torch.tensor(row) for row in prompts], True, filler, "left")
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in prompts], True, 0, "left")
-    ids, mask = nn.functional.pad(ids, (padding, 0), value=filler), nn.functional.pad(mask, (padding, 0))
-    assert prompt_keys(ids, mask, num).tolist() == [key_of(row, num) for row in prompts]
-    assert prompt_keys(ids.int(), mask, num).tolist() == [key_of(row, num) for row in prompts]
-
-
-def test_length_order_number_and_every_token_are_in_the_key() -> None:
-    rows = [[0] * length for length in range(1, 40)]  # prompts that are ends of others
-    rows += [[5, 6, 7], [7, 6, 5], [6, 5, 7], [5, 6], [6, 7], [5, 6, 7, 0], [5, 6, 8]]
-    keys = {key for num in (1, 2, 4, 32) for row in rows for key in prompt_keys(torch.tensor([row]), ONE(row), num)}
-    assert len({int(key) for key in keys}) == 4 * len(rows)
-
-
-def ONE(row: list[int]) -> Tensor:  # noqa: N802
-    return torch.ones(1, len(row), dtype=torch.long)
-
-
-def test_a_hundred_thousand_similar_prompts_have_different_keys() -> None:
-    ids = torch.randint(0, 4, (100_000, 24), generator=torch.Generator().manual_seed(0)).unique(dim=0)
-    assert len(prompt_keys(ids, torch.ones_like(ids), 32).unique()) == len(ids) > 99_000
 
 
 # The same training
@@ -629,18 +556,8 @@ def test_copies_share_the_data_set_and_pickles_leave_it(pair: Pair, monkeypatch:
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 3e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 5,
-    } | changes
+    own = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 3e-2, "lr_scheduler_type": "linear"}
+    return SETTINGS | {"output_dir": str(folder)} | own | changes
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["the data as before", "the mapped data"])

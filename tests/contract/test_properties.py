@@ -1,7 +1,8 @@
 """Properties over random batches, paddings, masks with holes, placements, tokenizers, N, labels, dtypes and cuts.
 
 `make fuzz` runs many times more cases, from a random seed. The judge is written from the equations: one row at a time,
-holes and padding left out, everything recomputed, on copies of the models that the package never sees.
+holes and padding left out, everything recomputed, on copies of the models that the package never sees. It is another
+one than tests/oracle.py, since it runs many rounded copies of a row at once to know how far rounding goes.
 
 In bfloat16, the judge computes in float32 what is exact for the same rounded weights, and in bfloat16 how far rounding
 takes the equations from it. The package may be a few times as far off. The last test proves that wrong placements are
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import CLOSE
 from helpers import CACHE_NAME, projection_of, reader_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -45,7 +47,6 @@ from softcot_peft import SoftCoTConfig, use_assistant
 # 36 tests: at least 20,000 cases in the long run and 500 in the normal one.
 CASES = 560 if settings.get_current_profile_name() == "fuzz" else 14
 TEMPLATE = "Think {num_thought_tokens} times: {prompt}!"
-CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}  # logits of several hundred roundings
 # In bfloat16: how many times the noise of the equations themselves, estimated from some copies of a row, is allowed.
 SLACK, COPIES = 3.0, 5
 SINGLE, HALF = torch.float32, torch.bfloat16

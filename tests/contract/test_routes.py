@@ -1,105 +1,33 @@
-"""Every route to an adapter is the same function, and what is saved is the projection alone."""
+"""Every route from a saved adapter to a model is the same function: same tokens, same loss."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assistant_passes, generated, in_training, projection_of, up_to_eos
+from batches import up_to_eos
+from helpers import assistant_passes, in_training, projection_of
 from oracle import Oracle
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
-from tiny_pair import QUESTIONS, Pair
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
-
-from softcot_peft import SoftCoTConfig, __version__, with_thought_tokens
-
-NEW = 8  # tokens generated per prompt
-N = 4  # thoughts
-EOS, PAD = 1, 0
-PROMPTS = [QUESTIONS[1], QUESTIONS[0], "Seven?"]  # of different lengths
-CHATS = [
-    [{"role": "user", "content": PROMPTS[0]}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": PROMPTS[1]},
-        {"role": "assistant", "content": "Twelve."},
-        {"role": "user", "content": "And with one more?"},
-    ],
-    [{"role": "user", "content": PROMPTS[2]}],
-]
-
-
-@dataclass
-class Saved:
-    """A saved adapter, and what the oracle says it generates."""
-
-    folder: Path
-    model: PeftModel
-    oracle: Oracle
-    plain: list[list[int]]  # new tokens for PROMPTS
-
-
-@dataclass
-class SavedChat:
-    """A saved adapter trained with the run in the prompt, its tokenizer beside it."""
-
-    folder: Path
-    expected: list[list[int]]  # new tokens for CHATS
-    prompts: list[list[int]]  # ids of CHATS, the run included
-
-
-@pytest.fixture(scope="module")
-def saved(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    folder = tmp_path_factory.mktemp("adapter")
-    model = pair.model()
-    model.save_pretrained(folder)
-    oracle = Oracle.of(model, pair.base, pair.assistant, N)
-    plain = [oracle.generate(row, NEW) for row in pair.rows(PROMPTS)]
-    for row, expected in zip(pair.rows(PROMPTS), plain, strict=True):
-        assert base_tokens(oracle.base, row) != expected  # thoughts change every answer, so a lost adapter is seen
-    return Saved(folder, model, oracle, plain)
-
-
-@pytest.fixture(scope="module")
-def chat(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> SavedChat:
-    folder = tmp_path_factory.mktemp("chat_adapter")
-    model = pair.model(thought_token="<thought>", placement="thought_token")
-    model.save_pretrained(folder)
-    with_thought_tokens(pair.tokenizer, model.peft_config["default"]).save_pretrained(folder)
-    oracle = Oracle.of(model, pair.base, pair.assistant, N)
-    # The base's template by hand, with the run at the end of the last user turn.
-    last_turns = [PROMPTS[0], "And with one more?", PROMPTS[2]]
-    openings = [
-        "<|user|>",
-        f"<|system|>Be brief.<|end|><|user|>{PROMPTS[1]}<|end|><|assistant|>Twelve.<|end|><|user|>",
-        "<|user|>",
-    ]
-    before = pair.rows([opening + turn for opening, turn in zip(openings, last_turns, strict=True)])
-    [after, [run]] = pair.rows(["<|end|><|assistant|>", "<thought>"])
-    expected = [oracle.generate(row, NEW, after) for row in before]
-    assert all(base_tokens(oracle.base, row + after) != new for row, new in zip(before, expected, strict=True))
-    return SavedChat(folder, expected, [row + [run] * N + after for row in before])
-
-
-def base_tokens(base: PreTrainedModel, row: list[int]) -> list[int]:
-    """What the plain base generates."""
-    output = base.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)
-    return up_to_eos(output[:, len(row) :].tolist())[0]
-
-
-def written(model: nn.Module, inputs: dict[str, Tensor]) -> list[list[int]]:
-    """Greedy new tokens of a batch."""
-    return generated(model, inputs, NEW, do_sample=False)
-
+from saved_adapters import (
+    CHATS,
+    NEW,
+    PAD,
+    PROMPTS,
+    N,
+    Saved,
+    SavedChat,
+    check_projection_alone,
+    projection_in,
+    written,
+)
+from tiny_pair import Pair
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 # Routes from a saved folder to a model
 
@@ -153,12 +81,6 @@ ROUTES: list[Route] = [
     from_injection,
 ]
 PIPELINE_ROUTES: list[Route] = [from_peft, from_load_adapter]
-
-
-def projection_in(folder: Path) -> dict[str, Tensor]:
-    """The saved tensors under the names of the layer."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return {re.sub(r".*embed_tokens\.", "", name): tensor for name, tensor in tensors.items()}
 
 
 def name_of(route: object) -> str:
@@ -355,123 +277,3 @@ def test_saving_what_was_loaded_writes_the_same_adapter(pair: Pair, saved: Saved
 
 
 # What is saved
-
-
-def check_projection_alone(folder: Path) -> None:
-    """The weights file holds the two tensors of the projection, and no bytes for anything else."""
-    file = folder / "adapter_model.safetensors"
-    tensors = projection_in(folder)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "softcot_projection.weight": (32, 24),
-        "softcot_projection.bias": (32,),
-    }
-    assert file.stat().st_size <= sum(tensor.nbytes for tensor in tensors.values()) + 4096
-
-
-def test_weights_file_holds_the_projection_alone(saved: Saved) -> None:
-    check_projection_alone(saved.folder)
-    for name, tensor in projection_in(saved.folder).items():
-        assert torch.equal(tensor, projection_of(saved.model).state_dict()[name.split(".")[-1]])
-    assert {path.name for path in saved.folder.iterdir()} == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-    }
-
-
-def test_adapter_config_holds_what_loading_needs(pair: Pair, chat: SavedChat) -> None:
-    stored = json.loads((chat.folder / "adapter_config.json").read_text())
-    needed = {
-        "peft_type": "SOFTCOT",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(pair.base),
-        "assistant_model_name_or_path": str(pair.assistant),
-        "assistant_revision": None,  # a folder has no commit
-        "assistant_hidden_size": 24,
-        "base_hidden_size": 32,
-        "num_thought_tokens": N,
-        "inference_num_thought_tokens": None,
-        "thought_token": "<thought>",
-        "placement": "thought_token",
-        "assistant_prompt": None,
-        "assistant_thought_token": None,
-        "softcot_peft_version": __version__,
-        "inference_mode": True,
-    }
-    assert {name: stored.get(name, "absent") for name in needed} == needed
-    loaded = PeftConfig.from_pretrained(chat.folder)
-    assert isinstance(loaded, SoftCoTConfig)
-
-
-def test_assistant_is_no_part_of_the_model_or_of_any_file(pair: Pair, tmp_path: Path) -> None:
-    model = pair.model()
-    written(model, pair.batch(PROMPTS))  # loads the assistant
-    model.save_pretrained(tmp_path / "peft")
-    base = pair.load_base()
-    base.add_adapter(pair.config())
-    written(base, pair.batch(PROMPTS))
-    base.save_pretrained(tmp_path / "transformers")
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-
-    assistant = load_file(pair.assistant / "model.safetensors")
-    plain = pair.load_base()
-    own = {"base_layer.weight": "weight"}  # the wrapped embedding's name
-    for holder in (model, base):
-        expected = {name for name, _ in plain.named_parameters()}
-        found = {name.removeprefix("base_model.model.") for name, _ in holder.named_parameters()}
-        extra = {name for name in found if "softcot_" in name}
-        assert {name.replace(*next(iter(own.items()))) for name in found - extra} == expected
-        assert {name.rpartition("softcot_")[2] for name in extra} == {
-            "projection.default.weight",
-            "projection.default.bias",
-        }
-        assert holder.state_dict().keys() == {name for name, _ in holder.named_parameters()}
-        assert not any("qwen" in type(module).__name__.lower() for module in holder.modules())
-        assert not any("assistant" in name for name, _ in holder.named_modules())
-        check_free_of(holder.state_dict(), assistant)
-    files = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin", ".pth")]
-    assert len(files) == 3
-    for file in files:
-        check_free_of(load_file(file) if file.suffix == ".safetensors" else torch.load(file), assistant)
-
-
-def check_free_of(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """No tensor has the shape and values of one of the others, but for norms' ones and biases' zeros."""
-    for name, tensor in tensors.items():
-        for other_name, other in others.items():
-            if other.unique().numel() > 1:
-                assert not (tensor.shape == other.shape and torch.equal(tensor, other)), (name, other_name)
-
-
-def test_model_card_says_to_import_the_package_and_its_code_runs(pair: Pair, saved: Saved) -> None:
-    card = (saved.folder / "README.md").read_text(encoding="utf-8")
-    assert "import softcot_peft" in card
-    assert str(pair.base) in card
-    assert str(pair.assistant) in card
-    code = card.split("```python\n")[-1].split("```")[0]
-    names: dict[str, nn.Module] = {}
-    exec(code.replace("this repository or folder", str(saved.folder)), names)
-    assert written(names["model"].eval(), pair.batch(PROMPTS)) == saved.plain
-
-
-def test_without_the_import_peft_says_that_it_does_not_know_the_method(pair: Pair, saved: Saved) -> None:
-    program = """
-import sys
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, folder = sys.argv[1:]
-for load in (
-    lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
-    lambda: AutoModelForCausalLM.from_pretrained(base).load_adapter(folder),
-    lambda: AutoModelForCausalLM.from_pretrained(folder),
-):
-    try:
-        load()
-    except KeyError as error:
-        print(error)
-    else:
-        print("loaded")
-"""
-    command = [sys.executable, "-c", program, str(pair.base), str(saved.folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=saved.folder)
-    assert result.stdout.splitlines() == ["'SOFTCOT'"] * 3

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assistant_passes, base_passes, generated, never_share_prefill
+from batches import base_passes, generated
+from helpers import assistant_passes, never_share_prefill
 from peft import PeftModel
 from tiny_pair import Pair
 

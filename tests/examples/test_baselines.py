@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHE_NAME, EXAMPLES
+from helpers import CACHE_NAME
 from oracle import Oracle
+from project_files import EXAMPLES
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 from torch.nn.functional import cross_entropy

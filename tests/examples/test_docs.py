@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, collate
+from batches import collate
+from project_files import ROOT
 from tiny_pair import QUESTIONS, Pair
 from transformers import TrainingArguments
 
 datasets = pytest.importorskip("datasets")
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("evaluation/*.md")])
+FOLDERS = (".", "docs", "evaluation", "tests")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EXAMPLES, load_example, load_script
 from peft import LoraConfig, PeftModel, get_peft_model
+from project_files import EXAMPLES, load_example, load_script
 from small_data import DATA, needs_data, write_data
 from tiny_pair import QUESTIONS, Pair
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from small_data import AQUA, ASDIV, COMMONSENSEQA, DATES, GSM8K, STRATEGYQA, write_data
 
 pytest.importorskip("datasets")
-sys.path.append(str(Path(__file__).parents[1]))
 from evaluation import augment, data
 
 LOADERS: dict[str, Callable[..., Any]] = {

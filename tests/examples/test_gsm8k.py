@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import load_example
+from project_files import load_example
 from tiny_pair import Pair
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
 

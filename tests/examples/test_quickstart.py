@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import EXAMPLES, load_example
+from project_files import EXAMPLES, load_example
 from transformers import AutoTokenizer
 
 small_pair = load_example("small_pair")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EXAMPLES, load_example
+from project_files import EXAMPLES, load_example
 from tiny_pair import make_base
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import EXAMPLES
+from project_files import EXAMPLES
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from assistant_families import FAMILIES, make_family
-from helpers import Assistant, assistant_passes, reader_of, rewrite, soft_thoughts
+from helpers import Assistant, assistant_passes, reader_of, soft_thoughts
 from oracle import Oracle
 from peft import PeftModel
+from project_files import rewrite
 from tiny_pair import ASSISTANT_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
 from tokenizers import processors
 from torch import Tensor, nn

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROJECTION, last_labels, next_logits, projection_of
+from batches import last_labels, next_logits
+from helpers import PROJECTION, projection_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file

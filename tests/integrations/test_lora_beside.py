@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROJECTION, collate, labelled, responses_of
+from batches import collate, labelled, responses_of
+from helpers import PROJECTION
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROJECTION, assistant_of, last_labels, projection_of
+from batches import last_labels
+from helpers import PROJECTION, assistant_of, projection_of
 from oracle import Oracle
 from peft import (
     LoraConfig,

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import labelled, load_example, load_script, process_environment, same
+from batches import labelled, same
+from project_files import ROOT, load_example, load_script, process_environment
 from safetensors.torch import load_file
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 
-SCRIPT = Path(__file__).parent / "distributed" / "train.py"
+SCRIPT = ROOT / "tests" / "train_script.py"
 STEPS = 6
 # In the order in which `Trainer` writes them; what comes before the state may be there in part.
 WRITTEN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import break_assistants, generated, projection_of, projections_of, readers_of
+from batches import generated
+from helpers import break_assistants, projection_of, projections_of, readers_of
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_pair import QUESTIONS, Pair

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IGNORED, assistant_passes, backbone_of, collate, in_training, labelled, losses, responses_of, same
+from batches import IGNORED, collate, labelled, responses_of, same
+from helpers import assistant_passes, backbone_of, in_training
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
 from torch import Tensor, nn
+from trainers import SETTINGS, losses
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,7 +31,6 @@ from softcot_peft import with_thought_tokens
 N = 4
 
 Example = dict[str, list[int]]
-Batch = dict[str, Tensor]
 
 
 def texts(pair: Pair) -> list[tuple[list[int], list[int]]]:
@@ -44,22 +45,13 @@ def examples(pair: Pair, middle: list[int] | None = None) -> list[Example]:
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     """Four examples a step, no files, no reports."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 3e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 5,
-    }
-    return TrainingArguments(**(defaults | changes))
+    return TrainingArguments(
+        **(
+            SETTINGS
+            | {"output_dir": str(folder), "max_steps": 6, "learning_rate": 3e-2, "max_grad_norm": 0.0}
+            | changes
+        )
+    )
 
 
 def trainer(model: nn.Module, pair: Pair, folder: Path, side: str = "right", **changes: Any) -> Trainer:
@@ -102,10 +94,7 @@ def check_frozen(model: nn.Module, pair: Pair) -> None:
 def oracle_loss(oracle: Oracle, pair: Pair, after: list[int] | None = None) -> Tensor:
     """Mean over all response tokens of the oracle's losses."""
     with torch.no_grad():
-        losses = [
-            (oracle.loss(prompt, response, after) * len(response), len(response)) for prompt, response in texts(pair)
-        ]
-    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+        return oracle.mean_loss((prompt, response, after) for prompt, response in texts(pair))
 
 
 # One batch

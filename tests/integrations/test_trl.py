@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IGNORED, assistant_passes, in_training, losses, responses_of
+from batches import IGNORED, responses_of
+from helpers import assistant_passes, in_training
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
 from torch import Tensor
+from trainers import losses, sft
 from transformers import EvalPrediction, pipeline
 
-from softcot_peft import SoftCoTConfig, with_thought_tokens
+from softcot_peft import with_thought_tokens
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -67,33 +69,6 @@ def chat_rows(pair: Pair, run: bool) -> Rows:
     return [(before + header, [], response) for before, response in zip(befores, responses, strict=True)]
 
 
-def sft(pair: Pair, folder: Path, config: SoftCoTConfig, data: Any, tokenizer: Any = None, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 6e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "seed": 5,
-    }
-    return trl.SFTTrainer(
-        model=pair.load_base(),
-        peft_config=config,
-        processing_class=tokenizer or pair.tokenizer,
-        args=trl.SFTConfig(**(defaults | changes)),
-        train_dataset=data,
-        eval_dataset=data,
-    )
-
-
 def oracle_rows(oracle: Oracle, rows: Rows) -> list[Tensor]:
     """Log-probabilities at the positions that predict the responses, one `(R, V)` per row."""
     with torch.no_grad():
@@ -102,9 +77,8 @@ def oracle_rows(oracle: Oracle, rows: Rows) -> list[Tensor]:
 
 
 def oracle_loss(oracle: Oracle, rows: Rows) -> float:
-    predicted = oracle_rows(oracle, rows)
-    picked = [row[range(len(r)), r] for row, (_, _, r) in zip(predicted, rows, strict=True)]
-    return -float(torch.cat(picked).mean())
+    with torch.no_grad():
+        return float(oracle.mean_loss((before, response, after) for before, after, response in rows))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from helpers import ROOT, load_script
+from project_files import ROOT, load_script
 from small_data import DATA, needs_data
 
 FILE = ROOT / "evaluation" / "answers.py"

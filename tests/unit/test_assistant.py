@@ -1,4 +1,4 @@
-"""The assistant: found, shared, given, frozen, loaded late, and never a part of the base."""
+"""The assistant: found, shared, given, loaded late, and never a part of the base."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from batches import generated, next_logits, training_loss
 from helpers import (
+    OWN_MODULES,
     PROJECTION,
     Assistant,
     assistant_of,
     backbone_for,
     backbone_of,
-    evaluating,
-    generated,
-    last_labels,
     users_of,
     watch_loading,
 )
@@ -35,7 +34,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from softcot_peft import use_assistant
 
 pytestmark = pytest.mark.usefixtures("nothing_given")
-
 NEW = 5
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "v1-again": "b" * 40}
 
@@ -85,15 +83,9 @@ def give(model: PreTrainedModel | PeftModel, pair: Pair) -> str:
     return use_assistant(model, AutoTokenizer.from_pretrained(pair.assistant), name="mine")
 
 
-def training_loss(model: nn.Module, pair: Pair) -> Tensor:
-    """The loss of one training step that predicts the last token of every question."""
-    batch = pair.batch(QUESTIONS)
-    return model.train()(**batch, labels=last_labels(batch["input_ids"], 1)).loss
-
-
 def logits(model: nn.Module, pair: Pair) -> Tensor:
     """Logits of the token after each question, `(B, V)`."""
-    return model(**pair.batch(QUESTIONS), logits_to_keep=1).logits[:, -1]
+    return next_logits(model, pair.batch(QUESTIONS))
 
 
 def watch(model: PreTrainedModel, look: Callable[[nn.Module], Any]) -> list[Any]:
@@ -101,11 +93,6 @@ def watch(model: PreTrainedModel, look: Callable[[nn.Module], Any]) -> list[Any]
     seen: list[Any] = []
     model.base_model.register_forward_pre_hook(lambda module, args: seen.append(look(module)))
     return seen
-
-
-def projection(model: nn.Module) -> tuple[Tensor, Tensor]:
-    state = {name.rpartition(".")[2]: value for name, value in model.state_dict().items() if "softcot" in name}
-    return state["weight"], state["bias"]
 
 
 def oracle_logits(oracle: Oracle, pair: Pair) -> Tensor:
@@ -235,7 +222,7 @@ def test_a_given_model_is_neither_changed_nor_copied(pair: Pair) -> None:
     given = load_assistant(pair.assistant).to(torch.bfloat16)
     before = {name: value.clone() for name, value in given.state_dict().items()}
     model = pair.model(assistant_model_name_or_path=give(given, pair)).to(torch.float16).float()
-    training_loss(model, pair)
+    training_loss(model, pair.batch(QUESTIONS))
     assert backbone_of(model) is given.base_model
     assert all(parameter.requires_grad for parameter in given.parameters())
     assert {value.dtype for value in given.state_dict().values()} == {torch.bfloat16}
@@ -323,11 +310,7 @@ def test_nothing_of_the_assistant_is_part_of_the_base(pair: Pair) -> None:
     assert own == {f"model.embed_tokens.{PROJECTION}.default.{part}" for part in ("weight", "bias")}
     trained = [parameter for parameter in model.parameters() if id(parameter) not in parameters]
     assert [tuple(parameter.shape) for parameter in trained] == [(32, 24), (32,)]
-    assert {type(module).__name__ for module in base.modules() if type(module) not in kinds} == {
-        "SoftCoTLayer",
-        "ThoughtProjection",
-        "ModuleDict",
-    }
+    assert {type(module).__name__ for module in base.modules() if type(module) not in kinds} == OWN_MODULES
     assert not {id(module) for module in assistant.modules()} & {id(module) for module in model.modules()}
 
 
@@ -336,139 +319,6 @@ def test_casting_the_base_leaves_the_assistant_alone(pair: Pair) -> None:
     logits(model, pair)
     model.to(torch.bfloat16)
     assert backbone_of(model).dtype == torch.float32
-
-
-# Frozen
-
-
-def modes(model: nn.Module) -> list[bool]:
-    return [module.training for module in model.modules()]
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_the_assistant_runs_in_eval_mode_while_the_model_trains(pair: Pair, given: bool) -> None:
-    twin = load_assistant(pair.twin).train()  # GPT-2, with a dropout of 0.1
-    if given:
-        use_assistant(twin)
-    model = pair.model(assistant_model_name_or_path=str(pair.twin))
-    expected = logits(model, pair)
-    model.train()
-    backbone = backbone_of(model)
-    backbone.train()  # whoever does that
-    backbone.h[0].eval()
-    chosen, seen = modes(backbone), []
-    backbone.register_forward_pre_hook(lambda *_: seen.append(modes(backbone)))
-    loss = training_loss(model, pair)
-    assert torch.equal(training_loss(model, pair), loss)
-    assert seen
-    assert not any(map(any, seen))
-    assert modes(backbone) == chosen  # its user's business
-    model.eval()
-    assert torch.equal(logits(model, pair), expected)
-
-
-def test_modes_come_back_after_an_error(pair: Pair) -> None:
-    given = load_assistant(pair.twin).train()
-    use_assistant(given)
-    model = pair.model(assistant_model_name_or_path=str(pair.twin))
-
-    def fail(*_: Any) -> None:
-        assert not given.base_model.h[1].training
-        raise RuntimeError("out of memory")
-
-    given.base_model.h[1].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        logits(model, pair)
-    assert all(modes(given))
-
-
-def test_modes_come_back_with_the_last_of_several_readings(pair: Pair) -> None:
-    given = load_assistant(pair.twin).train()
-    given.base_model.drop.eval()
-    chosen = modes(given)
-    use_assistant(given)
-    models = [pair.model(assistant_model_name_or_path=str(pair.twin)) for _ in range(3)]
-    expected, meeting, seen = logits(models[0], pair), threading.Barrier(len(models)), []
-
-    def meet(*_: Any) -> None:
-        meeting.wait(timeout=60)  # all are inside, and nobody leaves before
-        seen.append(any(modes(given.base_model)))
-
-    def leave(*_: Any) -> None:
-        seen.append(any(modes(given.base_model)))
-
-    given.base_model.h[0].register_forward_pre_hook(meet)
-    given.base_model.h[1].register_forward_hook(leave)
-    found: list[Tensor] = []
-    threads = [threading.Thread(target=lambda own=own: found.append(logits(own, pair))) for own in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == [False] * 6
-    assert len(found) == 3
-    assert all(torch.equal(one, expected) for one in found)
-    assert modes(given) == chosen
-
-
-def test_overlapping_models_are_put_back_by_whoever_leaves_last() -> None:
-    whole = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
-    whole[1][0].eval()
-    chosen = modes(whole)
-    for outer, inner in ((whole, whole[1]), (whole[1], whole)):
-        first, second = evaluating(outer), evaluating(inner)
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)  # in the order of threads, not of blocks
-        assert not any(modes(inner))
-        second.__exit__(None, None, None)
-        assert modes(whole) == chosen
-
-
-def test_a_base_that_is_its_own_assistant_stays_in_training_mode(pair: Pair) -> None:
-    base = AutoModelForCausalLM.from_pretrained(pair.twin)
-    use_assistant(base, AutoTokenizer.from_pretrained(pair.twin), name="itself")
-    torch.manual_seed(0)
-    model = get_peft_model(base, pair.config(assistant_model_name_or_path="itself"))
-    model.train()
-    chosen, seen = modes(model), []
-    base.transformer.drop.register_forward_pre_hook(lambda module, _: seen.append(module.training))
-    losses = []
-    for _ in range(2):
-        seen.clear()
-        losses.append(training_loss(model, pair))
-        assert {True, False} == set(seen)  # the base's own passes, and the reading
-        assert modes(model) == chosen
-    assert not torch.equal(*losses)  # dropout acts
-
-
-@pytest.mark.filterwarnings("ignore:Gradient checkpointing turns two-pass training off:UserWarning")
-def test_a_base_that_is_its_own_assistant_keeps_checkpointing(pair: Pair) -> None:
-    base = pair.load_base()
-    use_assistant(base, pair.tokenizer, name="itself")
-    model = get_peft_model(base, pair.config(assistant_model_name_or_path="itself"))
-    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
-    model.train()
-    passes: list[bool] = []
-    base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    for _ in range(2):  # in the first one, padding is tried
-        passes.clear()
-        training_loss(model, pair).backward()
-    assert len(passes) == 3  # of the assistant, of the step, and again in the backward pass
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_no_gradient_reaches_the_assistant(pair: Pair, given: bool) -> None:
-    if given:
-        use_assistant(load_assistant(pair.assistant).requires_grad_(True))
-    model = pair.model()
-    training_loss(model, pair).backward()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
-    frozen = list(backbone_of(model).parameters())
-    assert all(p.grad is None for p in frozen)
-    assert {p.requires_grad for p in frozen} == {given}  # a given model is not changed
 
 
 # Devices. "cpu" and "cpu:0" are two devices to PyTorch, so that one machine has both.

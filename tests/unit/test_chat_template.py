@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from oracle import Oracle
-from tiny_pair import QUESTIONS, Pair
+from tiny_pair import QUESTIONS, Pair, with_template
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
@@ -66,12 +66,6 @@ def config(**changes: object) -> SoftCoTConfig:
         "num_thought_tokens": N,
     }
     return SoftCoTConfig(**(defaults | changes))  # type: ignore[arg-type]
-
-
-def with_template(tokenizer: PreTrainedTokenizerBase, template: Any) -> PreTrainedTokenizerBase:
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = template
-    return changed
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chat: Chat, **kwargs: Any) -> str:

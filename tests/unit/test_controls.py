@@ -6,14 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import load_example, next_logits
+from batches import CLOSE, next_logits
 from oracle import Oracle
 from peft import PeftModel
+from project_files import load_example
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
 
 N, NEW = 4, 5
-CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 
 
 @pytest.fixture(scope="module")

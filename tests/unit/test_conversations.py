@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from oracle import Oracle
-from test_chat_template import with_template
-from test_trl import RUN, N, losses, sft
-from tiny_pair import Pair
+from tiny_pair import RUN, Pair, with_template
+from trainers import losses, sft
 from transformers import PreTrainedTokenizerBase
 
 import softcot_peft
@@ -26,6 +25,7 @@ pytestmark = [  # as in test_trl.py
     pytest.mark.filterwarnings("ignore:Gradient checkpointing turns two-pass training off:UserWarning"),
 ]
 
+N = 4
 Chat = list[dict[str, Any]]
 
 SYSTEM = {"role": "system", "content": "Be brief."}

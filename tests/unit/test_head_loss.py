@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import head_loss
 from torch import Tensor, nn
-
-from softcot_peft import head_loss
 
 T, H, V = 11, 6, 17
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHE_NAME, base_passes, load_example
+from batches import base_passes
+from helpers import CACHE_NAME
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from project_files import load_example
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, StoppingCriteria, StoppingCriteriaList

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import generated, given_assistants, given_tokenizers, reader_of, rewrite
+from batches import generated
+from helpers import given_assistants, given_tokenizers, reader_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
+from project_files import rewrite
 from tiny_pair import BASE_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -31,6 +33,8 @@ from transformers import (
 from transformers.utils import chat_template_utils
 
 from softcot_peft import compute_thoughts, use_assistant, use_thoughts, use_tokenizer
+
+pytestmark = pytest.mark.usefixtures("nothing_given")
 
 N, NEW = 4, 5
 LOSES = "has no tokens for"

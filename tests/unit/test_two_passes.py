@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from batches import collate, gradients, labelled
 from conformance.families import build
 from conformance.holding import attach, make_judge
 from conformance.holding import make_assistant as make_family_assistant
 from conformance.holding import make_batch as judged_batch
-from helpers import CACHE_NAME, collate, gradients, labelled, rotary_switch
+from helpers import CACHE_NAME, rotary_switch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_pair import Pair, make_base
 from torch import Tensor, nn
