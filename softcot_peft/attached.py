@@ -47,11 +47,13 @@ def path_of(model: nn.Module, layer: SoftCoTLayer) -> str:
 
 
 def remove_hooks(model: nn.Module, place: str) -> None:
-    """Take the hooks off a base, and its adapters' `place` out of its device map; nothing if that was done before."""
+    """Take the hooks off a base, and what begins with `place` out of its device map, unless that was done before."""
     hooks: ThoughtHooks | None = model.__dict__.pop(HOOKS, None)
     if hooks is not None:
         hooks.remove()
-    device_map_of(model).pop(place, None)
+    places = device_map_of(model)
+    for name in [name for name in places if name.startswith(place)]:
+        del places[name]
 
 
 def discard(model: PeftModel, adapter_name: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint.weights import SOURCES
+from .checkpoint.weights import OWN, name_in_model
 from .compat.engines import full_shape, uncompiled
 from .rows.columns import write_thoughts
 from .sources import ThoughtSource
@@ -46,13 +46,15 @@ RUNNING: ContextVar[Running | None] = ContextVar("softcot_pass", default=None)
 class SoftCoTLayer(nn.Module, BaseTunerLayer):
     """Input embedding of a base, and the thought sources of its SoftCoT adapters."""
 
-    adapter_layer_names = (SOURCES,)
-    other_param_names = ()
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names = ("softcot_source",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.softcot_source = nn.ModuleDict()
+        # Not a `ModuleDict`: PEFT's disk offloading (0.21) expects an adapter's name right before a weight's own. The
+        # children of sources are registered here instead, as `softcot_projection.default` and the like.
+        self.softcot_source: dict[str, ThoughtSource] = {}
         self.fresh: set[str] = set()  # adapters that never ran and were never loaded
         self._active_adapter = []
         self.merged_adapters = []
@@ -69,21 +71,32 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return self.base_layer.num_embeddings if isinstance(self.base_layer, nn.Embedding) else None
 
     def update_layer(self, adapter_name: str, source: ThoughtSource) -> None:
-        """Add an adapter, whose thoughts come from `source`."""
+        """Add an adapter, whose thoughts come from `source`.
+
+        Raises:
+            TypeError: The source has parameters that are not in a child of its own.
+        """
+        if direct := [name for name, _ in source.named_parameters(recurse=False)]:
+            raise TypeError(
+                f"The parameters of a thought source must be in child modules, but {type(source).__name__} has "
+                f"{direct} of its own. Put them into a module, such as `nn.Embedding`."
+            )
         self.softcot_source[adapter_name] = source
+        for part, child in source.named_children():
+            name = OWN + part
+            if name not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, name)
+                setattr(self, name, nn.ModuleDict())
+            getattr(self, name)[adapter_name] = child
         self.fresh.add(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=source.config.inference_mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Every `load_state_dict` comes by here, PEFT's and the user's.
-        old = f"{prefix}softcot_projection."  # 0.1.0: `softcot_projection.default.weight`
-        for key in [key for key in state_dict if key.startswith(old)]:
-            name, _, part = key.removeprefix(old).rpartition(".")
-            state_dict[f"{prefix}{SOURCES}.{name}.projection.{part}"] = state_dict.pop(key)
         filled = {
             name
             for name in self.fresh
-            if all(f"{prefix}{SOURCES}.{name}.{key}" in state_dict for key in self.source(name).checkpoint_tensors())
+            if all(prefix + name_in_model(key, name) in state_dict for key in self.source(name).checkpoint_tensors())
         }
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.fresh -= filled
@@ -98,8 +111,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
     def source(self, adapter_name: str) -> ThoughtSource:
         """The thought source of an adapter."""
-        found: ThoughtSource = self.softcot_source[adapter_name]  # type: ignore[assignment]
-        return found
+        return self.softcot_source[adapter_name]
 
     def active_name(self) -> str | None:
         """Name of the active adapter; `None` when adapters are disabled or there is none."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attached import discard_injected, path_of
-from .checkpoint.weights import SOURCES, check_tensors, names_in_file, read_safetensors
+from .checkpoint.weights import check_tensors, name_in_model, names_in_file, read_safetensors
 from .embedding import SoftCoTLayer
 
 
@@ -26,10 +26,9 @@ def load_checked(layer: SoftCoTLayer, original: Callable[..., Any], *args: Any, 
         found = kwargs.get("state_dict") or read_safetensors(kwargs.get("checkpoint_files") or [])
         path, source = path_of(model, layer), layer.source(name)  # a compiled backbone's path is not the file's
         checked, names = check_tensors(found, model, path, source), names_in_file(path, source)
-        place = f"{path}.{SOURCES}.{name}."
-        kwargs["state_dict"] = {place + names[key]: tensor for key, tensor in checked.items()}
-        result = original(*args, **kwargs)
-        if unfilled := [key for key in result[0].missing_keys if key.startswith(place)]:
+        state = {f"{path}.{name_in_model(names[key], name)}": tensor for key, tensor in checked.items()}
+        result = original(*args, **kwargs | {"state_dict": state})
+        if unfilled := [key for key in result[0].missing_keys if key in state]:
             raise ValueError(f"The adapter's file must fill {unfilled}, but transformers loaded nothing into it.")
     except Exception:
         discard_injected(model, name)
@@ -41,6 +40,7 @@ def load_checked(layer: SoftCoTLayer, original: Callable[..., Any], *args: Any, 
 def _loading(layer: SoftCoTLayer, expected: list[str] | None) -> str | None:
     """The adapter whose weights are expected, if it was just injected; `None` for those of other methods."""
     for name in layer.fresh:
-        if any(f".{SOURCES}.{name}." in key for key in expected or ()):
+        own = tuple(name_in_model(key, name) for key in layer.source(name).checkpoint_tensors())
+        if any(key.endswith(own) for key in expected or ()):
             return name
     return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .attached import HOOKS, discard, layer_of, path_of, remove_hooks
 from .check_base import check_base, check_plain
-from .checkpoint.weights import SOURCES, check_tensors, name_in_file
+from .checkpoint.weights import OWN, check_tensors, without_adapter_name
 from .compat.engines import device_map_of, is_whole
 from .compat.releases import attached_configs
 from .config import SoftCoTConfig
@@ -122,22 +122,23 @@ class SoftCoTModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(check_plain(target))
         base = BaseLM(self.model.name_or_path, layer.base_hidden_size, layer.vocabulary)
-        layer.update_layer(adapter_name, make_source(cast(SoftCoTConfig, peft_config), base))
+        source = make_source(cast(SoftCoTConfig, peft_config), base)
+        layer.update_layer(adapter_name, source)
         # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
         # has offloaded it, and nothing would bring the adapter back.
         setattr(parent, target_name, layer)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if not is_whole(layer.weight):
             # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
-            device_map_of(self.model)[self._place] = "cpu"
+            device_map_of(self.model).update({self._place + part: "cpu" for part, _ in source.named_children()})
         if HOOKS not in self.model.__dict__:
             hooks = ThoughtHooks(self.model, layer, functools.partial(load_checked, layer))
             setattr(self.model, HOOKS, hooks)
 
     @property
     def _place(self) -> str:
-        """Where the sources are among the base's modules."""
-        return f"{self._embedding_name}.{SOURCES}"
+        """What the names of sources' children among the base's modules begin with."""
+        return f"{self._embedding_name}.{OWN}"
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
@@ -197,7 +198,7 @@ class SoftCoTModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # Builds the names in a file, and on loading their inverse: a compiled backbone's are those of a plain one.
-        return name_in_file(key, adapter_name)
+        return without_adapter_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

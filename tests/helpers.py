@@ -63,14 +63,13 @@ __all__ = [  # private names that tests use under these names
 
 # Where the package's objects are
 
-OWN_MODULES = {"SoftCoTLayer", "AssistantSource", "LinearProjection", "ModuleDict"}  # what an adapter adds to a base
-PROJECTION = "softcot_projection"  # what the projection is called in files
-SOURCE = "softcot_source"  # what the thought sources are called within the wrapped embedding
+OWN_MODULES = {"SoftCoTLayer", "LinearProjection", "ModuleDict"}  # what an adapter adds to a base
+PROJECTION = "softcot_projection"  # what projections are called within the wrapped embedding, and in files
 
 
 def key_of(part: str, adapter: str = "default") -> str:
     """The name of a projection's weight or bias within the wrapped embedding."""
-    return f"{SOURCE}.{adapter}.projection.{part}"
+    return f"{PROJECTION}.{adapter}.{part}"
 
 
 def softcot_layer(model: nn.Module) -> Any:
@@ -83,7 +82,7 @@ def hooks_of(model: nn.Module) -> Any:
     return next(module.softcot_hooks for module in model.modules() if "softcot_hooks" in vars(module))
 
 
-def sources_of(model: nn.Module) -> nn.ModuleDict:
+def sources_of(model: nn.Module) -> dict[str, ThoughtSource]:
     """The thought source of every adapter, by name."""
     return softcot_layer(model).softcot_source
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..compat.engines import unwrapped
 from .untrusted import pickled
 
-SOURCES = "softcot_source"  # attribute of the wrapped embedding: its sources by adapter name
-_OWN = "softcot_"
+OWN = "softcot_"  # before the names of a source's children, in models and in files
 _PREFIX = "base_model.model."  # of names in adapter files, whatever the model's own names begin with
 
 
@@ -30,14 +29,25 @@ class _Source(Protocol):
     def check_checkpoint(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
-def name_in_file(key: str, adapter_name: str) -> str:
+def name_in_model(name: str, adapter_name: str) -> str:
+    """The name within the wrapped embedding of a source's tensor.
+
+    >>> name_in_model("projection.weight", "default")
+    'softcot_projection.default.weight'
+    """
+    child, _, rest = name.partition(".")
+    return f"{OWN}{child}.{adapter_name}.{rest}"
+
+
+def without_adapter_name(key: str, adapter_name: str) -> str:
     """The name in a file of a tensor of the model.
 
-    >>> name_in_file("base_model.model.embed_tokens.softcot_source.default.projection.weight", "default")
+    >>> without_adapter_name("base_model.model.embed_tokens.softcot_projection.default.weight", "default")
     'base_model.model.embed_tokens.softcot_projection.weight'
     """
-    path, found, name = unwrapped(key).rpartition(f".{SOURCES}.{adapter_name}.")
-    return f"{path}.{_OWN}{name}" if found else name
+    path, found, name = unwrapped(key).rpartition(f".{OWN}")
+    child, _, rest = name.partition(f".{adapter_name}.")
+    return f"{path}{found}{child}.{rest}" if rest else key
 
 
 def names_in_file(path: str, source: _Source) -> dict[str, str]:
@@ -48,7 +58,7 @@ def names_in_file(path: str, source: _Source) -> dict[str, str]:
         source: The source.
     """
     path = unwrapped(path).removeprefix(_PREFIX)
-    names = {f"{path}.{_OWN}{name}": name for name in source.checkpoint_tensors()}
+    names = {f"{path}.{OWN}{name}": name for name in source.checkpoint_tensors()}
     return names | {f"{_PREFIX}{key}": name for key, name in names.items()}
 
 
@@ -73,7 +83,7 @@ def check_tensors(found: Mapping[str, Tensor], model: nn.Module, path: str, sour
     own = {names[key]: tensor for key, tensor in checked.items()}
     for name in wanted:
         if name not in own:
-            where = f"{unwrapped(path).removeprefix(_PREFIX)}.{_OWN}{name}"
+            where = f"{unwrapped(path).removeprefix(_PREFIX)}.{OWN}{name}"
             raise ValueError(
                 f"The adapter's file must hold {where}, but holds {sorted(found)[:4]}. Save the adapter again with "
                 "`save_pretrained`, or load the base that it was trained on."
@@ -91,7 +101,7 @@ def _check_values(name: str, tensor: Tensor, shape: torch.Size) -> None:
         return
     infinite = ", some not finite" if real and not tensor.isfinite().all() else ""
     raise ValueError(
-        f"The adapter's {_OWN}{name} must hold finite floating-point numbers of the shape {tuple(shape)}, got "
+        f"The adapter's {OWN}{name} must hold finite floating-point numbers of the shape {tuple(shape)}, got "
         f"{tuple(tensor.shape)}, {tensor.dtype}{infinite}. The file is broken or was written by a training run that "
         "diverged; load an earlier one."
     )

@@ -35,7 +35,7 @@ def _of_base(host: Host) -> str | None:
         return CHECKPOINTING
     if any(has_hooks(module) for module in model.get_input_embeddings().modules()):
         return "a hook on its input embedding may depend on the length of a pass, as NEFTune's noise does"
-    own = set(host.layer.softcot_source.parameters())
+    own = {weight for source in host.layer.softcot_source.values() for weight in source.parameters()}
     if any(weight.requires_grad and weight not in own for weight in model.parameters()):
         return "weights of the base are trained, so that prompts have gradients too"
     if not all(is_whole(weight) for weight in model.parameters()):

@@ -62,6 +62,8 @@ class ThoughtSource(nn.Module):
 
         config = SoftCoTConfig(thought_source="table", task_type="CAUSAL_LM")
 
+    Its parameters are those of its children (here `softcot_table.default.weight` in the model): none may be its own.
+
     Frozen models that a source reads with stay outside the module tree (in an object that is no module), so that they
     are not saved, cast, counted or put into training mode with the base.
 

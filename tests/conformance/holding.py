@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from batches import gradients
-from helpers import SOURCE, key_of
+from helpers import PROJECTION, key_of
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -135,7 +135,7 @@ def check_step(model: PeftModel, judge: Judge, loss: Tensor) -> None:
     parameters = dict(model.named_parameters())
     trained = {name: value for name, value in parameters.items() if value.requires_grad}
     assert {name.rsplit(".", 1)[-1] for name in trained} == {"weight", "bias"}
-    assert all(SOURCE in name for name in trained)
+    assert all(PROJECTION in name for name in trained)
     before = {name: value.detach().clone() for name, value in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=0.01)
     loss.backward()

@@ -82,8 +82,8 @@ def test_assistant_is_no_part_of_the_model_or_of_any_file(pair: Pair, tmp_path: 
         extra = {name for name in found if "softcot_" in name}
         assert {name.replace(*next(iter(own.items()))) for name in found - extra} == expected
         assert {name.rpartition("softcot_")[2] for name in extra} == {
-            "source.default.projection.weight",
-            "source.default.projection.bias",
+            "projection.default.weight",
+            "projection.default.bias",
         }
         assert holder.state_dict().keys() == {name for name, _ in holder.named_parameters()}
         assert not any("qwen" in type(module).__name__.lower() for module in holder.modules())

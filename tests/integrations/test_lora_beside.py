@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from batches import collate, labelled, responses_of
-from helpers import PROJECTION, SOURCE
+from helpers import PROJECTION
 from oracle import Oracle
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
@@ -141,7 +141,7 @@ def test_both_train_and_nothing_else(attach: Callable[[Pair], nn.Module], pair: 
     model, base = attach(pair), pair.load_base().state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if "softcot_" in name} == {
-        name for name in model.state_dict() if f"{SOURCE}.thoughts" in name
+        name for name in model.state_dict() if f"{PROJECTION}.thoughts" in name
     }
     assert trained == {name for name in model.state_dict() if ".thoughts." in name or ".tuned." in name}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

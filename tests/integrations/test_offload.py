@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from helpers import SOURCE, projection_of
+from helpers import PROJECTION, projection_of
 from peft import PeftModel, get_peft_model
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ def test_a_device_map_is_as_before_when_the_adapter_is_gone(bench: Bench) -> Non
     base = bench.base(EMBEDDING)
     before = dict(base.hf_device_map)
     model = bench.attach(base)
-    assert base.hf_device_map[f"model.embed_tokens.{SOURCE}"] == "cpu"
+    assert base.hf_device_map[f"model.embed_tokens.{PROJECTION}"] == "cpu"
     assert model.unload().hf_device_map == before
 
 

@@ -181,9 +181,9 @@ def test_a_projection_of_ones_own(pair: Pair, tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = pair.model(projection="mlp").train()
-    assert {name.rsplit("projection.", 1)[1] for name, weight in model.named_parameters() if weight.requires_grad} == {
-        f"{place}.{part}" for place in (0, 2) for part in ("weight", "bias")
-    }
+    assert {
+        name.rsplit("projection.default.", 1)[1] for name, weight in model.named_parameters() if weight.requires_grad
+    } == {f"{place}.{part}" for place in (0, 2) for part in ("weight", "bias")}
     batch = collate(labelled(pair.rows(QUESTIONS), responses_of(pair, ANSWERS)))
     model(**batch).loss.backward()
     assert all(weight.grad.abs().max() > 0 for weight in model.parameters() if weight.requires_grad)
@@ -216,3 +216,15 @@ def test_a_source_that_reads_prompts_takes_no_input_for_an_assistant(pair: Pair)
     ids = torch.tensor([pair.rows(QUESTIONS)[0]])
     with pytest.raises(ValueError, match="`assistant_input_ids` must not be passed: thought source 'table'"):
         model(ids, logits_to_keep=1, assistant_input_ids=ids)
+
+
+def test_the_parameters_of_a_source_are_in_its_children(pair: Pair) -> None:
+    @register_source("bare")
+    class Bare(ThoughtSource):
+        def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
+            super().__init__(config, base)
+            self.thought = nn.Parameter(torch.zeros(base.hidden_size))
+
+    config = SoftCoTConfig(task_type="CAUSAL_LM", thought_source="bare")
+    with pytest.raises(TypeError, match=r"must be in child modules, but Bare has \['thought'\] of its own"):
+        get_peft_model(pair.load_base(), config)
