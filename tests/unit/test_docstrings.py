@@ -20,14 +20,14 @@ from tiny_pair import QUESTIONS, Pair
 from transformers import AutoTokenizer
 
 import softcot_peft
-from softcot_peft import analysis, live_rows, sources
+from softcot_peft import analysis, live_rows, sources, split_conversations
 
 MODULES = ["softcot_peft", *(found.name for found in pkgutil.walk_packages(softcot_peft.__path__, "softcot_peft."))]
 PUBLIC = {name: getattr(softcot_peft, name) for name in softcot_peft.__all__}
 EXTENSIONS = {name: getattr(sources, name) for name in ("ThoughtSource", "register_projection", "register_source")}
 NEED_EXAMPLES = {name: member for name, member in (PUBLIC | EXTENSIONS).items() if callable(member)}
 # test_analysis.py runs the examples of the first two, test_conversations.py that of the third.
-RUN_ELSEWHERE = (f"{analysis.__name__}.", f"{live_rows.__name__}.", "softcot_peft.conversations.")
+RUN_ELSEWHERE = (f"{analysis.__name__}.", f"{live_rows.__name__}.", f"{split_conversations.__module__}.")
 
 
 def blocks(member: Any) -> list[str]:
