@@ -40,6 +40,17 @@ class SoftCoTModel(BaseTuner):
     Raises:
         TypeError: The base is not a transformers model.
         ValueError: Base, assistant and adapter do not fit together.
+
+    Example:
+        ```python
+        from peft import get_peft_model
+        from softcot_peft import SoftCoTConfig
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained("path/to/base")
+        config = SoftCoTConfig(assistant_model_name_or_path="path/to/assistant", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+        ```
     """
 
     prefix: str = "softcot_"
