@@ -209,7 +209,7 @@ class SoftCoTModel(BaseTuner):
         if expected and state_dict and not weights:  # a sharded model's state may be empty in later processes
             raise ValueError(
                 f"The model's state must hold the projection of adapter {adapter_name!r} under its module's name, but "
-                "does not: something that renames modules is wrapped around a part of the base. Take it off first."
+                "does not: something that renames modules is wrapped around a part of the base. Remove it first."
             )
         return weights
 

@@ -50,7 +50,7 @@ def check_options(inputs: dict[str, Any], model: PreTrainedModel) -> None:
     if model.training and checkpoints(model) and _option("use_cache", inputs, model) is not False:
         raise ValueError(
             "`use_cache` must be False while gradient checkpointing is on in training mode, where transformers drops "
-            "the cache that `generate` goes on from. Call `model.eval()` or `gradient_checkpointing_disable()` first."
+            "the cache that `generate` needs. Call `model.eval()` or `gradient_checkpointing_disable()` first."
         )
     rejected = {
         "guidance_scale": lambda value: value not in (None, 1),

@@ -106,7 +106,7 @@ def explain_missing_run(facts: Facts, input_ids: Tensor | None, thought_token_id
         "`where='user_turn'`."
         if has_labels
         else "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
-        "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
+        "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look in the adapter folder)."
     )
     return (
         "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. "
