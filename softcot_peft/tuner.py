@@ -37,9 +37,9 @@ class SoftCoTModel(BaseTuner):
         from softcot_peft import SoftCoTConfig
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-7B-Instruct")
+        base = AutoModelForCausalLM.from_pretrained("path/to/base")
         config = SoftCoTConfig(
-            assistant_model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct",
+            assistant_model_name_or_path="path/to/assistant",
             num_thought_tokens=4,
             task_type="CAUSAL_LM",
         )

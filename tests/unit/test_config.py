@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from tiny_pair import Pair
 
 import softcot_peft
-from softcot_peft import SoftCoTConfig, SoftCoTModel
+from softcot_peft import SoftCoTConfig
 
 NOT_DEFAULTS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
@@ -50,16 +48,6 @@ def test_only_the_assistant_is_required() -> None:
     assert (config.num_thought_tokens, config.inference_num_thought_tokens) == (32, None)
     assert (config.placement, config.thought_token, config.assistant_prompt) == ("prompt_end", None, None)
     assert (config.assistant_dtype, config.init_weights, config.task_type) == ("auto", True, None)
-
-
-def test_the_example_of_the_tuner_runs(pair: Pair) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", SoftCoTModel.__doc__ or "", flags=re.DOTALL)
-    names = {"Qwen/Qwen2.5-7B-Instruct": str(pair.base), "Qwen/Qwen2.5-0.5B-Instruct": str(pair.assistant)}
-    for name, folder in names.items():
-        example = example.replace(repr(name).replace("'", '"'), repr(folder))
-    result: dict[str, Any] = {}
-    exec(textwrap.dedent(example), result)
-    assert isinstance(result["model"].base_model, SoftCoTModel)
 
 
 def test_every_field_is_documented_and_explained() -> None:
