@@ -213,7 +213,7 @@ def test_not_a_number_in_the_weights_is_never_hidden(pair: Pair, where: str, mon
     else:
         assistant = assistant_of(model)
         hidden = assistant.hidden_states
-        monkeypatch.setattr(assistant, "hidden_states", lambda *a: hidden(*a) * float("nan"))
+        monkeypatch.setattr(type(assistant), "hidden_states", lambda self, *a: hidden(*a) * float("nan"))
     assert model(**pair.batch(QUESTIONS), logits_to_keep=1).logits.isnan().all()
 
 
