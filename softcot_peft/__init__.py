@@ -1,8 +1,8 @@
-"""SoftCoT (arXiv 2502.12134) as a PEFT method. Importing this package registers the method with PEFT."""
+"""SoftCoT (arXiv 2502.12134) as a PEFT method. Importing the package registers the method with PEFT."""
 
 from .registration import add_peft_type, register
 
-add_peft_type()  # the config's `peft_type` is this member
+add_peft_type()  # before the config is imported, whose `peft_type` is this member
 
 from ._version import __version__  # noqa: E402
 from .chat_template import with_thought_tokens  # noqa: E402

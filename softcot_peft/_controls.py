@@ -1,4 +1,4 @@
-"""How `analysis` changes what the base reads: the one place of it that knows the package's internals."""
+"""Replaces or disables soft thoughts for `analysis`; keeps its access to package internals in one module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Model: TypeAlias = PeftModel | PreTrainedModel
 
 
 def source_of(model: Model) -> ThoughtSource:
-    """The active adapter's source, which yields soft thoughts `(B, K, N, H_base)` when it is called on states."""
+    """Return the active adapter's source, whose `forward` maps states to soft thoughts `(B, K, N, H_base)`."""
     source = hooks_of(model).host.layer.active_source()
     if source is None:
         raise ValueError("`model` must have an active SoftCoT adapter, got disabled ones. Leave `disable_adapter()`.")
@@ -27,7 +27,7 @@ def source_of(model: Model) -> ThoughtSource:
 
 @contextmanager
 def disabled_adapters(model: Model) -> Iterator[None]:
-    """Run the plain base, whichever API attached the adapter."""
+    """Disable adapters within the block, whether PEFT or transformers attached them."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield
@@ -42,7 +42,7 @@ def disabled_adapters(model: Model) -> Iterator[None]:
 def replacement(
     control: str, mean: Tensor | None, seed: int
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook that replaces a source's soft thoughts, `(B, K, N, H_base)`."""
+    """Return a forward hook that replaces a source's soft thoughts, `(B, K, N, H_base)`."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], thoughts: Tensor) -> Tensor:
         if control == "zero":
@@ -64,7 +64,7 @@ def replacement(
 
 
 def _project_randomly(states: Tensor, thoughts: Tensor, seed: int) -> Tensor:
-    """Project hidden states to the shape of thoughts, with the usual initialisation of a linear layer."""
+    """Project hidden states to the shape of `thoughts` with a linear layer in its default initialization."""
     generator, bound = torch.Generator().manual_seed(seed), states.shape[-1] ** -0.5
     weight = torch.empty(thoughts.shape[-1], states.shape[-1]).uniform_(-bound, bound, generator=generator)
     bias = torch.empty(thoughts.shape[-1]).uniform_(-bound, bound, generator=generator)

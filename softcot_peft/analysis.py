@@ -1,9 +1,9 @@
-"""Do the soft thoughts carry information? Controls that replace them, and statistics that describe them.
+"""Tests whether soft thoughts carry information: controls that replace them and statistics that describe them.
 
 A score with soft thoughts means little by itself. Zero vectors in their place may cost only a few points, and thoughts
 may collapse to nearly the same vector for every question. Report each score together with its controls.
 
-`model` is always the PEFT model, or the base that the adapter was injected into; its active adapter is meant.
+`model` is always the PEFT model, or the base that the adapter was injected into. Its active adapter is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ._controls import Model, disabled_adapters, replacement, source_of
 
-# The controls of `with_thoughts`, each with a label for tables.
+# Controls of `with_thoughts` and their labels in tables.
 CONTROLS = {
     "own": "soft thoughts",
     "none": "no thoughts",
@@ -31,7 +31,7 @@ CONTROLS = {
 
 @contextmanager
 def with_thoughts(model: Model, control: str, mean: Tensor | None = None, seed: int = 0) -> Iterator[None]:
-    """Run a model with other thoughts than its own. Prompts and thought positions do not change.
+    """Replace the soft thoughts of a model within the block. Prompts and thought positions do not change.
 
     Example:
         ```python
@@ -46,19 +46,19 @@ def with_thoughts(model: Model, control: str, mean: Tensor | None = None, seed: 
         ```
 
     Args:
-        model: With an active SoftCoT adapter; for `"own"` and `"none"`, any adapter.
+        model: A model with an active SoftCoT adapter; for `"own"` and `"none"`, any adapter.
         control: What the base reads in place of the thoughts, a key of `CONTROLS`. `"own"`: the thoughts themselves.
-            `"none"`: nothing, adapters are disabled. `"zero"`: zero vectors. `"other_question"`: the thoughts of the
-            previous row; every batch needs at least two rows, with different questions. `"random_projection"`: the
-            source's hidden states, projected by a randomly initialised linear layer. `"mean"`: the same vectors for
-            every question.
-        mean: The vectors of the control `"mean"`, `(N, H_base)`. See [`mean_thoughts`].
-        seed: Seed of the control `"random_projection"`.
+            `"none"`: no thoughts; adapters are disabled. `"zero"`: zero vectors. `"other_question"`: the thoughts of
+            the previous row; every batch needs at least two rows, with different questions. `"random_projection"`:
+            the source's hidden states, projected by a randomly initialized linear layer. `"mean"`: the same vectors
+            for every question.
+        mean: The vectors for the control `"mean"`, `(N, H_base)`. See [`mean_thoughts`].
+        seed: Random seed for the control `"random_projection"`.
 
     Raises:
         TypeError: `model` is not a model.
-        ValueError: The control is unknown; `mean` is missing or has another shape than the thoughts; a batch of one
-            row has no other question; or the model has no active SoftCoT adapter.
+        ValueError: The control is unknown; `mean` is missing or its shape differs from that of the thoughts;
+            `"other_question"` gets a batch of one row; or the model has no active SoftCoT adapter.
     """
     if control not in CONTROLS:
         raise ValueError(f"`control` must be one of {tuple(CONTROLS)}, got {control!r}.")
@@ -90,22 +90,22 @@ def collect_thoughts(
         thoughts = collect_thoughts(model, tokenizer, prompts)
         print(thought_similarity(thoughts))  # near 1 everywhere: the thoughts have collapsed
         print(thought_norms(model, thoughts)["ratio"])
-        print(nearest_tokens(model, tokenizer, thoughts)[0])  # of the first question
+        print(nearest_tokens(model, tokenizer, thoughts)[0])  # for the first question
         ```
 
     Args:
-        model: In eval mode, with an active SoftCoT adapter.
+        model: A model in eval mode with an active SoftCoT adapter.
         tokenizer: The base's tokenizer.
-        prompts: One text per question, all with the same number of thoughts.
-        batch_size: How many prompts run at once.
+        prompts: One prompt per question, all with the same number of thoughts.
+        batch_size: Number of prompts per forward pass.
         **tokenization: Arguments of the tokenizer, such as `add_special_tokens=False` for rendered chat templates.
 
     Returns:
-        `(Q, N, H_base)`, in the projection's dtype, on the CPU.
+        The thoughts of Q prompts, `(Q, N, H_base)`, in the projection's dtype, on the CPU.
 
     Raises:
         TypeError: `prompts` is a single string.
-        ValueError: There are no prompts, their numbers of thoughts differ, or there is no active SoftCoT adapter.
+        ValueError: `prompts` is empty, the numbers of thoughts differ, or no SoftCoT adapter is active.
     """
     if isinstance(prompts, str):
         raise TypeError("`prompts` must be a list of strings, got str. Put a single prompt into a list.")
@@ -129,38 +129,38 @@ def collect_thoughts(
 
 
 def mean_thoughts(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any) -> Tensor:
-    """Average the thoughts over questions, for the control `"mean"` of [`with_thoughts`], which has an example.
+    """Average the thoughts over questions, for the control `"mean"` of [`with_thoughts`]; see there for an example.
 
-    Takes the arguments of [`collect_thoughts`], and raises its errors.
+    Takes the same arguments and raises the same errors as [`collect_thoughts`].
 
     Returns:
-        `(N, H_base)`, in the projection's dtype, on the CPU.
+        The mean thoughts, `(N, H_base)`, in the projection's dtype, on the CPU.
     """
     return collect_thoughts(model, tokenizer, prompts, **options).mean(0)
 
 
 def thought_similarity(thoughts: Tensor) -> Tensor:
-    """Cosine similarity between the thoughts of every two questions, averaged over the thought positions.
+    """Compute the cosine similarity between the thoughts of each pair of questions, averaged over thought positions.
 
     Args:
         thoughts: `(Q, N, H)`; see [`collect_thoughts`] for an example.
 
     Returns:
-        `(Q, Q)` in float32, 1 on the diagonal.
+        The similarities, `(Q, Q)`, in float32; 1 on the diagonal.
     """
     unit = nn.functional.normalize(thoughts.float(), dim=-1)
     return torch.einsum("inh,jnh->ij", unit, unit) / thoughts.shape[1]
 
 
 def thought_norms(model: Model, thoughts: Tensor) -> dict[str, float]:
-    """Median Euclidean norm of thoughts and of the base's token embeddings.
+    """Compute the median Euclidean norm of the thoughts and of the base's token embeddings.
 
     Args:
-        model: With a SoftCoT adapter or without.
+        model: A model with or without a SoftCoT adapter.
         thoughts: `(Q, N, H_base)`; see [`collect_thoughts`] for an example.
 
     Returns:
-        `"thoughts"`, `"tokens"`, and `"ratio"`, the first divided by the second.
+        A dict with `"thoughts"`, `"tokens"` and `"ratio"`, the first divided by the second.
     """
     of_thoughts, of_tokens = (
         float(vectors.float().norm(dim=-1).median()) for vectors in (thoughts, _token_embeddings(model))
@@ -174,13 +174,13 @@ def nearest_tokens(
     """Find the tokens whose embeddings have the highest cosine similarity with each thought.
 
     Args:
-        model: With a SoftCoT adapter or without.
+        model: A model with or without a SoftCoT adapter.
         tokenizer: The base's tokenizer.
         thoughts: `(Q, N, H_base)`; see [`collect_thoughts`] for an example.
-        count: How many tokens to return for each thought.
+        count: Number of tokens to return per thought.
 
     Returns:
-        Tokens by question, thought position and rank, the nearest first.
+        Tokens by question, thought position and rank, nearest first.
     """
     table = _token_embeddings(model)[: len(tokenizer)]  # some bases have more embeddings than tokens
     unit, unit_table = (nn.functional.normalize(vectors.cpu().float(), dim=-1) for vectors in (thoughts, table))
@@ -190,30 +190,30 @@ def nearest_tokens(
 
 @torch.no_grad()
 def attention_to_thoughts(model: Model, input_ids: Tensor, thought_token_id: int, **options: Any) -> Tensor:
-    """Share of its attention that each later token pays to the thoughts, by layer, averaged over heads.
+    """Compute the share of attention that each later token pays to the thoughts, per layer, averaged over heads.
 
-    The prompt must hold a run of the thought token, because outputs leave out the columns of inserted thoughts.
+    The prompt must contain a run of the thought token, because outputs omit the columns of inserted thoughts.
 
     Example:
         ```python
         from softcot_peft.analysis import attention_to_thoughts
 
-        model.get_base_model().set_attn_implementation("eager")  # the others return no attentions
+        model.get_base_model().set_attn_implementation("eager")  # other implementations return no attentions
         ids = tokenizer(prompts[0] + "<thought>" * 4 + " 28", return_tensors="pt").input_ids
         shares = attention_to_thoughts(model, ids, tokenizer.convert_tokens_to_ids("<thought>"))
         ```
 
     Args:
-        model: With an active SoftCoT adapter.
-        input_ids: One row of prompt, run and response, `(1, L)`.
+        model: A model with an active SoftCoT adapter.
+        input_ids: One row with prompt, run and response, `(1, L)`.
         thought_token_id: Id of the thought token.
         **options: Further arguments of the base's forward.
 
     Returns:
-        `(layers, L - end of the run)`, values between 0 and 1.
+        The shares, `(layers, L - end of the run)`, between 0 and 1.
 
     Raises:
-        ValueError: There is no run, there are several rows, or the base returns no attentions.
+        ValueError: `input_ids` has no run or several rows, or the base returns no attentions.
     """
     is_thought = input_ids[0] == thought_token_id
     if len(input_ids) != 1 or not is_thought.any():
@@ -228,7 +228,7 @@ def attention_to_thoughts(model: Model, input_ids: Tensor, thought_token_id: int
 
 @torch.no_grad()
 def _token_embeddings(model: Model) -> Tensor:
-    """All token embeddings as the base reads them, scaled where it scales them, `(V, H_base)`."""
+    """Return all token embeddings as the base reads them, including any scaling, `(V, H_base)`."""
     embedding: Any = model.get_input_embeddings()
     embeddings: Tensor = embedding(torch.arange(len(embedding.weight), device=embedding.weight.device)[None])
     return embeddings[0]

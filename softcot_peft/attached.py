@@ -1,4 +1,4 @@
-"""Finds what this package has attached to a model, however the model is wrapped, and takes it off again."""
+"""Finds and removes what this package attaches to a model, however the model is wrapped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .compat.engines import device_map_of
 from .embedding import SoftCoTLayer
 from .hooks import ThoughtHooks
 
-HOOKS = "softcot_hooks"  # attribute of the base that holds its hooks
+HOOKS = "softcot_hooks"  # the base's attribute that holds the hooks
 
 
 def hooks_of(model: nn.Module) -> ThoughtHooks:
-    """The hooks of the base in a model.
+    """Return the hooks of the base in a model.
 
     Raises:
-        TypeError: It is no model.
-        ValueError: It has no SoftCoT adapter.
+        TypeError: `model` is not a module.
+        ValueError: `model` has no SoftCoT adapter.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a model, got {type(model).__name__}.")
@@ -37,27 +37,27 @@ def hooks_of(model: nn.Module) -> ThoughtHooks:
 
 
 def layer_of(model: nn.Module) -> SoftCoTLayer:
-    """The wrapped embedding of a model."""
+    """Return the wrapped embedding of a model."""
     return next(module for module in model.modules() if isinstance(module, SoftCoTLayer))
 
 
 def path_of(model: nn.Module, layer: SoftCoTLayer) -> str:
-    """The name of the wrapped embedding among a model's modules."""
+    """Return the module name of the wrapped embedding in a model."""
     return next(name for name, module in model.named_modules() if module is layer)
 
 
-def remove_hooks(model: nn.Module, place: str) -> None:
-    """Take the hooks off a base, and what begins with `place` out of its device map, unless that was done before."""
+def remove_hooks(model: nn.Module, prefix: str) -> None:
+    """Remove the hooks of a base, if any, and the entries of its device map that start with `prefix`."""
     hooks: ThoughtHooks | None = model.__dict__.pop(HOOKS, None)
     if hooks is not None:
         hooks.remove()
-    places = device_map_of(model)
-    for name in [name for name in places if name.startswith(place)]:
-        del places[name]
+    device_map = device_map_of(model)
+    for name in [name for name in device_map if name.startswith(prefix)]:
+        del device_map[name]
 
 
 def discard(model: PeftModel, adapter_name: str) -> None:
-    """Take an adapter off again that was made to be loaded, and could not be."""
+    """Remove an adapter that was created for loading but failed to load."""
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
     else:
@@ -65,9 +65,9 @@ def discard(model: PeftModel, adapter_name: str) -> None:
 
 
 def discard_injected(model: PreTrainedModel, adapter_name: str) -> None:
-    """As `discard`, where transformers' `load_adapter` injected it and left the rest to its end."""
+    """Remove an adapter that transformers' `load_adapter` injected but failed to load."""
     if len(model.peft_config) > 1:
-        with warnings.catch_warnings():  # that it was active, and another one is now
+        with warnings.catch_warnings():  # the warning that another adapter is active now
             warnings.simplefilter("ignore", UserWarning)
             model.delete_adapter(adapter_name)
         return
@@ -76,4 +76,4 @@ def discard_injected(model: PreTrainedModel, adapter_name: str) -> None:
     setattr(model.get_submodule(parent), name, layer.base_layer)
     model.__dict__.pop(HOOKS).remove()
     del model.peft_config
-    model.__dict__.pop("_hf_peft_config_loaded", None)  # the class says False
+    model.__dict__.pop("_hf_peft_config_loaded", None)  # the class attribute is False

@@ -1,4 +1,4 @@
-"""`with_thought_tokens`: a tokenizer whose chat template writes the run of thought tokens."""
+"""`with_thought_tokens`: adds the run of thought tokens to a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .config import SoftCoTConfig
 
 _T = TypeVar("_T", bound=PreTrainedTokenizerBase)
 
-# Jinja: rebuild `messages` with the run at the end of the last user turn, then go on with the tokenizer's template.
+# Jinja: rebuilds `messages` with the run at the end of the last user turn. The tokenizer's template follows.
 _USER_TURN = """\
 {{%- set softcot_run = {token} * (num_thought_tokens | default({number})) -%}}
 {{%- set softcot = namespace(last=-1, messages=[]) -%}}
@@ -38,27 +38,39 @@ _GENERATION_PROMPT = """\
 def with_thought_tokens(
     tokenizer: _T, config: SoftCoTConfig, where: Literal["user_turn", "generation_prompt"] = "user_turn"
 ) -> _T:
-    """Copy a tokenizer so that its chat template writes the run of thought tokens by itself.
+    """Return a copy of a tokenizer whose chat template inserts the run of thought tokens.
 
-    Save it beside the adapter, and pass it to chat pipelines (`pipeline(..., tokenizer="my-adapter")`), which then
-    place thoughts as in training. The run has `config.num_thought_tokens` tokens;
-    `apply_chat_template(..., num_thought_tokens=4)` writes another number.
+    Save it with the adapter, and pass it to chat pipelines (`pipeline(..., tokenizer="my-adapter")`), so that thoughts
+    are placed as in training. The run has `config.num_thought_tokens` tokens. To change the number, call
+    `apply_chat_template(..., num_thought_tokens=4)`.
 
     Args:
         tokenizer: The base's tokenizer, with a chat template.
         config: The adapter's config, with a `thought_token`.
-        where: `"user_turn"`: at the end of the last user turn, the paper's place. `"generation_prompt"`: after the
-            generation prompt, when one is rendered. Rows that are rendered with their response (as TRL does) have none
-            and get no run: train with `placement="prompt_end"` there, which puts the thoughts in the same place, or
-            write the run into the training rows yourself.
+        where: `"user_turn"`: at the end of the last user turn, as in the paper. `"generation_prompt"`: after the
+            generation prompt, if one is rendered. Training rows that include the response (as in TRL) have no
+            generation prompt and get no run: train with `placement="prompt_end"`, which puts the thoughts in the same
+            place, or insert the run into the rows yourself.
 
     Returns:
-        A copy; the tokenizer itself stays as it is.
+        The copy. The tokenizer itself is not modified.
 
     Raises:
-        TypeError: The tokenizer or the config is none.
-        ValueError: `where` is neither, the config has no thought token, the tokenizer no chat template, or the thought
-            token, written as text, is not read back as one token.
+        TypeError: `tokenizer` is not a tokenizer, or `config` is not a `SoftCoTConfig`.
+        ValueError: `where` is invalid, the config has no thought token, the tokenizer has no chat template, or the
+            tokenizer does not encode the thought token as one token.
+
+    Example:
+        ```python
+        from softcot_peft import SoftCoTConfig, with_thought_tokens
+
+        config = SoftCoTConfig(
+            assistant_model_name_or_path="path/to/assistant", thought_token="<thought>", task_type="CAUSAL_LM"
+        )
+        tokenizer = with_thought_tokens(tokenizer, config)
+        messages = [{"role": "user", "content": "How many legs do seven dogs have?"}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        ```
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
@@ -85,14 +97,14 @@ def with_thought_tokens(
         "number": config.num_thought_tokens,
     }
 
-    def change(template: str) -> str:
+    def with_run(template: str) -> str:
         if where == "user_turn":
             return _USER_TURN.format(**values) + template
         return template.removesuffix("\n") + _GENERATION_PROMPT.format(**values)
 
     tokenizer = copy.deepcopy(tokenizer)
     if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = {name: change(text) for name, text in tokenizer.chat_template.items()}
+        tokenizer.chat_template = {name: with_run(text) for name, text in tokenizer.chat_template.items()}
     else:
-        tokenizer.chat_template = change(tokenizer.chat_template)
+        tokenizer.chat_template = with_run(tokenizer.chat_template)
     return tokenizer

@@ -1,4 +1,4 @@
-"""Rejects bases that cannot carry thoughts, before an adapter is attached."""
+"""Rejects unsupported bases before an adapter is attached."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from .compat.models import check_decoder_lm, is_table
 
 
 def check_base(model: nn.Module) -> str:
-    """Check a base.
+    """Check that a model can serve as the base.
 
     Returns:
-        The name of its input embedding among its modules.
+        The module name of its input embedding.
 
     Raises:
-        TypeError: It is no transformers model.
-        ValueError: It is no decoder LM with a head and one input embedding, or FSDP has wrapped it already.
+        TypeError: `model` is not a transformers model.
+        ValueError: `model` is not a decoder LM with a head and a single input embedding, or is already wrapped by
+            FSDP.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -50,7 +51,7 @@ def check_base(model: nn.Module) -> str:
 
 
 def check_plain(embedding: nn.Module) -> nn.Module:
-    """Refuse an embedding that another adapter has wrapped: inside of ours, no loader would find its weights."""
+    """Reject an embedding wrapped by another adapter: loaders would not find its weights inside `SoftCoTLayer`."""
     if isinstance(embedding, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         raise ValueError(
             f"The base's input embedding must be free of other adapters, got {type(embedding).__module__}."

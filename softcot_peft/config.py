@@ -1,4 +1,4 @@
-"""`SoftCoTConfig`: what an adapter is, as data; its fields are checked alone and against each other."""
+"""`SoftCoTConfig`: the configuration of an adapter. Validates each field and the combination of fields."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftType, TaskType
 
 from .checkpoint.card import write_usage
-from .checkpoint.untrusted import has_pickle_alone, pickled
+from .checkpoint.untrusted import has_only_pickle, pickle_message
 
-_POSITIVE = ("num_thought_tokens", "inference_num_thought_tokens")
-_REQUIRED = ("thought_source", "projection")
-_TEXTS = (
-    *_REQUIRED,
+_INT_FIELDS = ("num_thought_tokens", "inference_num_thought_tokens")
+_NAME_FIELDS = ("thought_source", "projection")
+_STRING_FIELDS = (
+    *_NAME_FIELDS,
     "assistant_model_name_or_path",
     "assistant_revision",
     "thought_token",
@@ -25,9 +25,9 @@ _TEXTS = (
     "assistant_thought_token",
     "tokenizer_name_or_path",
 )
-_PLACES = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # of them, those that may be a folder's path
-_FLAGS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be None
-_MOST = 2**16  # thoughts; more than any LM reads well, and few enough that a stranger's config takes no memory
+_PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
+_BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
+_MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
 _PLACEMENTS = ("prompt_end", "thought_token")
 
 
@@ -35,65 +35,70 @@ _PLACEMENTS = ("prompt_end", "thought_token")
 class SoftCoTConfig(PeftConfig):
     """Configuration of a SoftCoT adapter (arXiv 2502.12134).
 
-        >>> config = SoftCoTConfig(assistant_model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct", task_type="CAUSAL_LM")
-
     Args:
-        assistant_model_name_or_path: Hub id or folder of the frozen assistant LM, or the name given to
+        assistant_model_name_or_path: Hub id or folder of the frozen assistant LM, or a name registered with
             [`use_assistant`]. Required by the source `"assistant"`.
-        assistant_revision: Commit, tag or branch of the assistant. The resolved commit is written on save.
-        num_thought_tokens: N, the number of soft thoughts, in training and wherever a text is scored. The paper trains
-            with 32.
-        inference_num_thought_tokens: N when text is written (`generate`, a forward without labels) and thoughts are
-            placed automatically. `None`: as in training. The paper uses 4. A text that is scored (a forward with
-            labels, in training or eval mode) always has `num_thought_tokens`.
+        assistant_revision: Commit, tag or branch of the assistant. Saving writes the resolved commit.
+        num_thought_tokens: N, the number of soft thoughts in training and when a text is scored. The paper trains with
+            32.
+        inference_num_thought_tokens: N in `generate` and in forward passes without labels, with automatic placement.
+            `None`: as in training. The paper uses 4. Forward passes with labels, in training or eval mode, always use
+            `num_thought_tokens`.
         thought_token: Token of the base's vocabulary that marks thought positions in a prompt. `None`: automatic
             placement only.
-        placement: `"prompt_end"`: thoughts stand where the prompt ends, unless the prompt holds a run of
-            `thought_token` itself. `"thought_token"`: the adapter was trained with the run in the prompt, and a prompt
-            without one is refused.
-        assistant_prompt: Template with `{prompt}` and, if wanted, `{num_thought_tokens}` that the assistant reads,
-            through its own chat template when it has one. `None`: the prompt itself.
-        assistant_thought_token: What stands at the thought positions of the assistant's input. `None`: its unk, else
-            its eos, else its pad token.
-        assistant_shares_tokenizer: `True`: the prompt's ids are fed to the assistant as they are. `False`: they are
-            decoded and encoded again. `None`: the two tokenizers are compared.
-        tokenizer_name_or_path: The base's tokenizer when it is not where the base is.
-        assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`; `"auto"` is the checkpoint's own.
-        thought_source: What reads the prompt: `"assistant"`, or the name of a source given to
+        placement: `"prompt_end"`: thoughts are placed at the end of the prompt, unless the prompt contains a run of
+            `thought_token`. `"thought_token"`: for adapters trained with the run in the prompt; prompts without a run
+            are rejected.
+        assistant_prompt: Template of what the assistant reads, with `{prompt}` and optionally `{num_thought_tokens}`.
+            It is rendered with the assistant's chat template if there is one. `None`: the prompt only.
+        assistant_thought_token: Token at the thought positions of the assistant's input. `None`: the assistant's unk
+            token, else its eos token, else its pad token.
+        assistant_shares_tokenizer: `True`: the assistant reads the prompt's ids. `False`: prompts are decoded and
+            tokenized for the assistant. `None`: `True` if both tokenizers have the same vocabulary and there is no
+            `assistant_prompt`.
+        tokenizer_name_or_path: Hub id or folder of the base's tokenizer if it is not with the base.
+        assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`. `"auto"`: the checkpoint's dtype.
+        thought_source: Name of the thought source that reads the prompt: `"assistant"`, or a name registered with
             [`~softcot_peft.sources.register_source`].
-        projection: What turns the source's states into soft thoughts: `"linear"`, or the name of a projection given to
-            [`~softcot_peft.sources.register_projection`].
-        init_weights: `True`: the linear layer's usual initialisation. `False`: random values large enough to see in a
-            test.
-        two_pass_training: Whether training steps run prompts without gradient into a cache, and only thoughts and
-            response with gradient, wherever the base allows it: the same loss and gradients at half the time. The
-            outputs of such a step have no logits (`logits` is `None`). `False`: always one pass, with logits.
+        projection: Name of the module that maps the source's states to soft thoughts: `"linear"`, or a name registered
+            with [`~softcot_peft.sources.register_projection`].
+        init_weights: `True`: the default initialisation of a linear layer. `False`: random values large enough for
+            tests to see an effect.
+        two_pass_training: Whether training steps run the prompts without gradient into a KV cache, and only thoughts
+            and responses with gradient, if the base supports it. Loss and gradients are the same, in half the time;
+            `logits` of the output is `None`. `False`: always one pass, with logits.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
-        interrupted_save: Found in `adapter_config.json` where version 0.1.0 was killed while saving; no field.
+        interrupted_save: Not a field. Present in `adapter_config.json` if version 0.1.0 was killed while saving.
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A field has a value it cannot have, or two fields contradict each other.
+        ValueError: A field has an invalid value, or two fields contradict each other.
+
+    Example:
+        >>> from softcot_peft import SoftCoTConfig
+        >>> config = SoftCoTConfig(assistant_model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct", task_type="CAUSAL_LM")
+        >>> config.num_thought_tokens
+        32
     """
 
     assistant_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the frozen assistant LM."}
     )
     assistant_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the assistant."})
-    num_thought_tokens: int = field(default=32, metadata={"help": "Number of soft thoughts while training."})
+    num_thought_tokens: int = field(default=32, metadata={"help": "Number of soft thoughts in training."})
     inference_num_thought_tokens: int | None = field(
-        default=None, metadata={"help": "Number of soft thoughts when text is written; None: as in training."}
+        default=None, metadata={"help": "Number of soft thoughts in generation; None: as in training."}
     )
     thought_token: str | None = field(
         default=None, metadata={"help": "Token of the base's vocabulary that marks thought positions."}
     )
     placement: Literal["prompt_end", "thought_token"] = field(
-        default="prompt_end", metadata={"help": "Where thoughts stand: 'prompt_end' or 'thought_token'."}
+        default="prompt_end", metadata={"help": "Where thoughts are placed: 'prompt_end' or 'thought_token'."}
     )
     assistant_prompt: str | None = field(
-        default=None, metadata={"help": "Template with {prompt} that the assistant reads."}
+        default=None, metadata={"help": "Template of what the assistant reads, with {prompt}."}
     )
     assistant_thought_token: str | None = field(
         default=None, metadata={"help": "Token at the thought positions of the assistant's input."}
@@ -102,14 +107,16 @@ class SoftCoTConfig(PeftConfig):
         default=None, metadata={"help": "Whether the assistant can read the base's ids; None: compare."}
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "The base's tokenizer when it is not where the base is."}
+        default=None, metadata={"help": "The base's tokenizer if it is not with the base."}
     )
     assistant_dtype: str = field(default="auto", metadata={"help": "Dtype to load the assistant in."})
-    thought_source: str = field(default="assistant", metadata={"help": "What reads the prompt."})
-    projection: str = field(default="linear", metadata={"help": "What turns states into soft thoughts."})
-    init_weights: bool = field(default=True, metadata={"help": "Whether to use the usual initialisation."})
+    thought_source: str = field(default="assistant", metadata={"help": "Name of the source that reads the prompt."})
+    projection: str = field(
+        default="linear", metadata={"help": "Name of the module that maps states to soft thoughts."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether to use the default initialisation."})
     two_pass_training: bool = field(
-        default=True, metadata={"help": "Whether training runs prompts without gradient, where it can."}
+        default=True, metadata={"help": "Whether training runs prompts without gradient, if the base supports it."}
     )
     assistant_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the assistant's last hidden states. Written on save."}
@@ -121,8 +128,8 @@ class SoftCoTConfig(PeftConfig):
         default=None, metadata={"help": "Version of softcot-peft that saved the adapter. Written on save."}
     )
 
-    # PEFT reads this from every config. The layer is found through `get_input_embeddings()`; naming it here would make
-    # PEFT save the whole embedding matrix. Not a field, so that it is not written to adapter_config.json.
+    # PEFT reads this from every config. The layer is found with `get_input_embeddings()`. If it were named here, PEFT
+    # would save the whole embedding matrix. Not a field, so that it is not written to adapter_config.json.
     target_modules: ClassVar[None] = None
 
     interrupted_save: InitVar[bool] = False
@@ -139,36 +146,36 @@ class SoftCoTConfig(PeftConfig):
         self.assistant_dtype = str(self.assistant_dtype).removeprefix("torch.")
         if self.task_type not in (None, TaskType.CAUSAL_LM):
             raise ValueError(
-                f"`task_type` must be 'CAUSAL_LM' or None, got {str(self.task_type)!r}: soft thoughts are read by a "
-                "language model that goes on writing."
+                f"`task_type` must be 'CAUSAL_LM' or None, got {str(self.task_type)!r}: soft thoughts "
+                "require a causal language model. Set `task_type='CAUSAL_LM'`."
             )
         self._check_types()
         self._check_values()
 
     def _check_types(self) -> None:
-        for name in _TEXTS:
+        for name in _STRING_FIELDS:
             value = getattr(self, name)
-            if isinstance(value, os.PathLike) and name in _PLACES:
+            if isinstance(value, os.PathLike) and name in _PATH_FIELDS:
                 value = os.fspath(value)
                 setattr(self, name, value)
             if value is not None and not isinstance(value, str):
                 raise TypeError(
                     f"`{name}` must be a string, got {type(value).__name__}."
-                    + (" Pass a loaded model with `use_assistant`." if name == _PLACES[0] else "")
+                    + (" Pass a loaded model with `use_assistant`." if name == _PATH_FIELDS[0] else "")
                 )
-        for name in _POSITIVE:
+        for name in _INT_FIELDS:
             value = getattr(self, name)
-            if value is None and name != _POSITIVE[0]:
+            if value is None and name != _INT_FIELDS[0]:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-        for name in _FLAGS:
+        for name in _BOOL_FIELDS:
             value = getattr(self, name)
-            if not isinstance(value, bool) and (value is not None or name != _FLAGS[0]):
+            if not isinstance(value, bool) and (value is not None or name != _BOOL_FIELDS[0]):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
     def _check_values(self) -> None:
-        for name in _REQUIRED:
+        for name in _NAME_FIELDS:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(self, name)!r}.")
         if self.thought_source == "assistant" and not self.assistant_model_name_or_path:
@@ -177,12 +184,12 @@ class SoftCoTConfig(PeftConfig):
                 f"{self.assistant_model_name_or_path!r}. Pass a Hub id, a folder, or the name of a loaded model given "
                 "to `use_assistant`."
             )
-        for name in _POSITIVE:
+        for name in _INT_FIELDS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-            if value is not None and value > _MOST:
-                raise ValueError(f"`{name}` must be at most {_MOST}, got {value}.")
+            if value is not None and value > _MAX_THOUGHTS:
+                raise ValueError(f"`{name}` must be at most {_MAX_THOUGHTS}, got {value}.")
         if self.placement not in _PLACEMENTS:
             raise ValueError(f"`placement` must be one of {_PLACEMENTS}, got {self.placement!r}.")
         if self.placement == "thought_token" and not self.thought_token:
@@ -205,16 +212,16 @@ class SoftCoTConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read `adapter_config.json`, unless the adapter's weights are a pickle.
+        """Load `adapter_config.json`. Rejects adapters whose weights are a pickle.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder of the adapter.
-            subfolder: Folder within it.
-            **kwargs: As [`~peft.PeftConfig.from_pretrained`] takes them.
+            subfolder: Folder within the repository or folder.
+            **kwargs: Passed to [`~peft.PeftConfig.from_pretrained`].
 
         Raises:
-            ValueError: There is no config, or a pickle and no safetensors file beside it; or fields of the config are
-                passed, which PEFT would ignore.
+            ValueError: There is no config, the weights are a pickle without a safetensors file next to it, or fields
+                of the config are passed, which PEFT would ignore.
         """
         name = str(pretrained_model_name_or_path)
         hub = inspect.signature(hf_hub_download).parameters
@@ -225,16 +232,16 @@ class SoftCoTConfig(PeftConfig):
                 f"`config.{overrides[0]}`, and pass `config=config` to `PeftModel.from_pretrained`."
             )
         config: PeftConfig = super().from_pretrained(name, subfolder=subfolder, **kwargs)
-        if has_pickle_alone(name, subfolder, kwargs):
-            raise ValueError(pickled(name))
+        if has_only_pickle(name, subfolder, kwargs):
+            raise ValueError(pickle_message(name))
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` and, in the model card, how to load the adapter.
+        """Save `adapter_config.json`, and add to the model card how to load the adapter.
 
         Args:
-            save_directory: Folder of the adapter; made if needed.
-            **kwargs: As [`~peft.PeftConfig.save_pretrained`] takes them.
+            save_directory: Folder of the adapter. Created if it does not exist.
+            **kwargs: Passed to [`~peft.PeftConfig.save_pretrained`].
         """
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"

@@ -1,4 +1,4 @@
-"""`split_conversations`: one prompt-completion row per assistant turn, since a row has one place for thoughts."""
+"""`split_conversations`: one prompt-completion row per assistant turn, since a row has only one run of thoughts."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ _PROMPT, _COMPLETION = "prompt", "completion"
 
 
 def split_conversations(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Split conversations into one prompt-completion row per assistant turn. A function for `dataset.map`.
+    """Split conversations into one prompt-completion row per assistant turn, with `dataset.map`.
 
-    In training, thoughts stand before the first label of a row; `generate` puts them before the turn it writes. A row
-    with several supervised turns (TRL's `assistant_only_loss`) therefore has no right place for them. Split, each turn
-    gets the thoughts it has in `generate`, and the loss covers the same turns: TRL supervises completions only, so
-    leave `assistant_only_loss` off. Each row repeats the messages before its turn.
+    In training, thoughts precede the first label of a row; in `generate`, they precede the new turn. A row with
+    several supervised turns (TRL's `assistant_only_loss`) therefore has no single correct place for thoughts. After
+    splitting, each turn has the same thoughts as in `generate`. The loss covers the same turns: TRL supervises
+    completions only, so leave `assistant_only_loss` off. Each row repeats the messages before its turn.
+
+    `datasets` infers the types of new columns from the first batch. If `map` reports that it "couldn't cast" a later
+    batch, because the first tool call comes late, pass `batch_size=None`. For streamed data sets without known
+    columns, list the names in `remove_columns`.
+
+    Args:
+        batch: Columns of a batch: `messages`, lists of `{"role": ..., "content": ...}`; or `prompt` and `completion`,
+            also such lists, of which the assistant turns of the completion are split. Other keys of messages are kept,
+            including `None` for missing ones.
+
+    Returns:
+        `prompt`, the messages before the turn; `completion`, the turn; and all other columns, repeated. Conversations
+        without an assistant turn, and assistant turns without a message before them, which would leave the thoughts
+        without a prompt, are left out with a warning.
+
+    Raises:
+        TypeError: `batch` is a single row, or a conversation is not a list of messages.
+        ValueError: The columns are missing.
 
     Example:
         ```python
         rows = dataset.map(softcot_peft.split_conversations, batched=True, remove_columns=dataset.column_names)
         trainer = SFTTrainer(model, args=SFTConfig(...), train_dataset=rows, peft_config=SoftCoTConfig(...))
         ```
-
-    `datasets` takes the types of new columns from the first batch. If `map` "couldn't cast" a later one, because the
-    first tool call comes late, pass `batch_size=None`. Streams that do not know their columns need `remove_columns`
-    written out.
-
-    Args:
-        batch: Columns of a batch: `messages`, lists of `{"role": ..., "content": ...}`; or `prompt` and `completion`,
-            such lists too, of which the completion's assistant turns are split. Further keys of messages, and `None`
-            for those that a message lacks, stay as they are.
-
-    Returns:
-        `prompt`, the messages before the turn; `completion`, the turn alone; and all other columns, repeated. A
-        conversation that has no assistant turn gives no row, nor does a turn without a message before it, which leaves
-        thoughts no prompt; each is warned about.
-
-    Raises:
-        TypeError: The rows come one by one, or a conversation is not a list of messages.
-        ValueError: The columns are missing.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -61,7 +61,7 @@ def split_conversations(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         for name, messages in zip(columns, parts, strict=True):
             _check(name, row, messages)
         messages = [message for part in parts for message in part]
-        first = len(parts[0]) if len(parts) > 1 else 0  # only a completion's turns are supervised
+        first = len(parts[0]) if len(parts) > 1 else 0  # only turns of a completion are supervised
         turns = [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
         silent |= not turns
         opening |= 0 in turns
@@ -70,7 +70,7 @@ def split_conversations(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
             rows[_COMPLETION].append([messages[turn]])
             for name in others:
                 rows[name].append(batch[name][row])
-    # Without numbers, so that Python shows each once and not once for each batch.
+    # Without numbers, so that Python shows each warning once instead of once per batch.
     if silent:
         warnings.warn("`split_conversations` leaves out conversations without an assistant turn.", stacklevel=2)
     if opening:
@@ -83,7 +83,7 @@ def split_conversations(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _check(name: str, row: int, messages: Any) -> None:
-    """Refuse what is not a list of messages."""
+    """Reject a conversation that is not a list of messages."""
     if isinstance(messages, Mapping):
         raise TypeError("`split_conversations` turns one row into several: call `dataset.map` with `batched=True`.")
     if not (isinstance(messages, list) and all(isinstance(m, Mapping) and m.get("role") for m in messages)):

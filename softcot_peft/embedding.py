@@ -1,4 +1,4 @@
-"""The base's input embedding, wrapped: looks tokens up as before and writes soft thoughts over thought positions."""
+"""Wraps the base's input embedding: looks tokens up as before and writes soft thoughts at the thought positions."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from .sources import ThoughtSource
 
 @dataclass
 class Writing:
-    """What one forward pass of a base makes its soft thoughts of, and where it writes them.
+    """The states that one forward pass projects to soft thoughts, and the positions it writes them to.
 
-    The layer projects within its own forward: that is where engines that shard or offload weights bring its weights
-    in (FSDP2 gathers them there, accelerate loads them there).
+    The layer projects within its own forward, where engines that shard or offload weights make them available (FSDP2
+    gathers them there, accelerate loads them there).
     """
 
-    layer: SoftCoTLayer  # the layer that writes
+    layer: SoftCoTLayer  # the layer that writes the thoughts
     states: Tensor  # the source's states at the thought positions, `(B, K, N, H_source)`
-    # Column of the first thought within this pass, `(B * K,)`; negative when earlier columns were passed before.
+    # Column of the first thought in this pass, `(B * K,)`; negative if it was in an earlier pass.
     start: Tensor
-    shape: torch.Size  # `(B * K, L)` of the ids that carry them; ids of another shape are looked up as they are
-    thoughts: Tensor | None = None  # what was written, `(B, K, N, H_base)`; `None` before
+    shape: torch.Size  # `(B * K, L)`, shape of the ids with thought positions; other ids are only looked up
+    thoughts: Tensor | None = None  # the written thoughts, `(B, K, N, H_base)`; `None` until then
 
 
 class Running(Protocol):
-    """What the embedding asks of the running pass."""
+    """The part of a running pass that the embedding uses."""
 
     writing: Writing | None
 
 
-# The pass that is running. Per thread, so that threads can share a model.
+# The running pass. One per thread, so that threads can share a model.
 RUNNING: ContextVar[Running | None] = ContextVar("softcot_pass", default=None)
 
 
 class SoftCoTLayer(nn.Module, BaseTunerLayer):
-    """Input embedding of a base, and the thought sources of its SoftCoT adapters."""
+    """The input embedding of a base, together with the thought sources of its SoftCoT adapters."""
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names = ("softcot_source",)
@@ -52,29 +52,29 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # Not a `ModuleDict`: PEFT's disk offloading (0.21) expects an adapter's name right before a weight's own. The
-        # children of sources are registered here instead, as `softcot_projection.default` and the like.
+        # Not a `ModuleDict`: PEFT's disk offloading (0.21) expects the adapter name right before the parameter name.
+        # Instead, the layer registers the children of the sources, such as `softcot_projection.default`.
         self.softcot_source: dict[str, ThoughtSource] = {}
-        self.fresh: set[str] = set()  # adapters that never ran and were never loaded
+        self.fresh: set[str] = set()  # adapters that were neither run nor loaded yet
         self._active_adapter = []
         self.merged_adapters = []
 
     @property
     def base_hidden_size(self) -> int:
-        """Width of the base's input embeddings; a packed weight (GGUF, 4 bits) has another one."""
+        """Width of the base's input embeddings; packed weights (GGUF, 4-bit) have a different width."""
         width = getattr(self.base_layer, "embedding_dim", None)
         return width if isinstance(width, int) else int(full_shape(self.weight)[-1])
 
     @property
     def vocabulary(self) -> int | None:
-        """How many ids the base has embeddings for; `None` where its embedding does not say."""
+        """Number of ids the base has embeddings for; `None` if its embedding does not tell."""
         return self.base_layer.num_embeddings if isinstance(self.base_layer, nn.Embedding) else None
 
     def update_layer(self, adapter_name: str, source: ThoughtSource) -> None:
-        """Add an adapter, whose thoughts come from `source`.
+        """Add an adapter whose thoughts come from `source`.
 
         Raises:
-            TypeError: The source has parameters that are not in a child of its own.
+            TypeError: The source has parameters outside of its child modules.
         """
         if direct := [name for name, _ in source.named_parameters(recurse=False)]:
             raise TypeError(
@@ -92,7 +92,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=source.config.inference_mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Every `load_state_dict` comes by here, PEFT's and the user's.
+        # Called by every `load_state_dict`, PEFT's and the user's.
         filled = {
             name
             for name in self.fresh
@@ -102,19 +102,19 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         self.fresh -= filled
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also casts to the base's dtype, which rounds what `low_cpu_mem_usage=True` has just loaded.
-        # Where accelerate has offloaded the embedding, the source stays where it is, and projects there.
+        # PEFT's method also casts to the base's dtype, which rounds weights just loaded with `low_cpu_mem_usage=True`.
+        # If accelerate has offloaded the embedding, the source stays on its device and projects there.
         device, source = device or self.weight.device, self.source(adapter_name)
         devices = {weight.device for weight in source.parameters()} | {device}
         if torch.device("meta") not in devices:
             source.to(device)
 
     def source(self, adapter_name: str) -> ThoughtSource:
-        """The thought source of an adapter."""
+        """Return the thought source of an adapter."""
         return self.softcot_source[adapter_name]
 
     def active_name(self) -> str | None:
-        """Name of the active adapter; `None` when adapters are disabled or there is none."""
+        """Return the name of the active adapter; `None` if adapters are disabled or none is active."""
         names = self._active_names()
         if self.disable_adapters or not names:
             return None
@@ -125,12 +125,12 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return names[0]
 
     def active_source(self) -> ThoughtSource | None:
-        """The source of the active adapter; `None` when adapters are disabled or there is none."""
+        """Return the source of the active adapter; `None` if adapters are disabled or none is active."""
         name = self.active_name()
         return None if name is None else self.source(name)
 
     def _active_names(self) -> list[str]:
-        """The active adapters that are SoftCoT's; transformers' API names those of other methods on the base too."""
+        """Return the active SoftCoT adapters; transformers' API also lists active adapters of other methods."""
         return [name for name in self.active_adapters if name in self.softcot_source]
 
     def soft_thoughts(self, states: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         source = self.source(name)
         if name in self.fresh and source.config.inference_mode:
             raise ValueError(
-                f"The projection of adapter {name!r} must be loaded before it answers, but no file filled it, and "
-                "its config says `inference_mode=True`. Load it with `PeftModel.from_pretrained` or `load_adapter` "
+                f"The projection of adapter {name!r} must be loaded before inference, but nothing was loaded into it, "
+                "and its config has `inference_mode=True`. Load it with `PeftModel.from_pretrained` or `load_adapter` "
                 "instead of `get_peft_model`; to train a new one, set `inference_mode=False` in the config."
             )
         self.fresh.discard(name)
@@ -148,7 +148,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return projected
 
     def check_trains(self) -> None:
-        """Reject training a source that is offloaded: accelerate drops the copy that gets the gradients."""
+        """Reject training of an offloaded source: accelerate discards the copy that receives the gradients."""
         (name,) = self._active_names()
         offloaded = any(w.device.type == "meta" and w.requires_grad for w in self.source(name).parameters())
         if offloaded and torch.is_grad_enabled():
@@ -158,7 +158,7 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
             )
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Look ids `(B, L)` up, and write the soft thoughts of the running pass, if any: `(B, L, H_base)`."""
+        """Look up ids `(B, L)` and write the soft thoughts of the running pass, if any; returns `(B, L, H_base)`."""
         embeddings: Tensor = self.base_layer(input_ids, *args, **kwargs)
         return self._write(embeddings, input_ids.shape)
 
@@ -172,13 +172,13 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
         return write_thoughts(embeddings, writing.thoughts.flatten(0, 1), writing.start)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """SoftCoT cannot be merged; see `SoftCoTModel.merge_and_unload`."""
+        """Raise an error: SoftCoT adapters cannot be merged. See `SoftCoTModel.merge_and_unload`."""
         raise ValueError(
             "A SoftCoT adapter cannot be merged into the base; use `unload()` to get the plain base back."
         )
 
     def unmerge(self) -> None:
-        """Nothing to do, said as PEFT's other layers say it: a base may carry a merged LoRA beside."""
+        """Warn like PEFT's other layers and do nothing: the base may also have a merged LoRA adapter."""
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Hooks on the base itself, so that every route to it is the same function. They choose the kind of a pass."""
+"""Hooks on the base itself, so that all ways to run it compute the same function. They choose the kind of pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .compat.caches import cache_length, find_cache
 from .compat.engines import uncompiled
 from .embedding import RUNNING, SoftCoTLayer
-from .guards import Replaced, backbones, guard, reject_backbone
+from .guards import WrappedMethod, backbones, guard, reject_backbone
 from .passes.cache_record import recall
 from .passes.decoding import Decoding
 from .passes.generate import generate, prepare_cache
@@ -29,14 +29,14 @@ from .sources import ThoughtSource
 
 
 class ThoughtHooks:
-    """The hooks and the `generate` of one base, installed once and shared by all of its SoftCoT adapters.
+    """The hooks and the wrapped `generate` of one base. Installed once, shared by all of its SoftCoT adapters.
 
-    Compilers run the hooks as they are: they read once a prompt, and their state is that of a thread.
+    Compilers run the hooks eagerly, because the hooks read each prompt only once and keep their state per thread.
 
     Args:
         model: The base.
         layer: Its wrapped input embedding.
-        loading: Stands before transformers' loading of weights.
+        loading: Wraps transformers' loading of weights.
     """
 
     def __init__(self, model: PreTrainedModel, layer: SoftCoTLayer, loading: Callable[..., Any]) -> None:
@@ -48,24 +48,24 @@ class ThoughtHooks:
             model.register_forward_hook(self.after_forward, with_kwargs=True),
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
-        self._replaced = [*guard(model, layer), Replaced(model, "_load_pretrained_model", loading)]
+        self._wrapped_methods = [*guard(model, layer), WrappedMethod(model, "_load_pretrained_model", loading)]
         if hasattr(model, "generate"):
-            self._replaced.append(Replaced(model, "generate", functools.partial(generate, self.host)))
-            self._replaced.append(Replaced(model, "_prepare_cache_for_generation", prepare_cache))
-        # `Module.__call__` finds this on the instance. Private in torch (2.6 to 2.13), and the only place around hooks
-        # and forward: hooks registered with `always_call` are not called for a KeyboardInterrupt.
+            self._wrapped_methods.append(WrappedMethod(model, "generate", functools.partial(generate, self.host)))
+            self._wrapped_methods.append(WrappedMethod(model, "_prepare_cache_for_generation", prepare_cache))
+        # `Module.__call__` looks this up on the instance. It is private in torch (2.6 to 2.13), but nothing else
+        # encloses hooks and forward: a KeyboardInterrupt skips even hooks registered with `always_call`.
         model.__dict__["_call_impl"] = self._call_impl
 
     def remove(self) -> None:
-        """Take the hooks and methods off the model again."""
+        """Remove the hooks and wrapped methods from the model."""
         for handle in self.host.handles:
             handle.remove()
-        for method in reversed(self._replaced):
+        for method in reversed(self._wrapped_methods):
             method.remove()
         del self.model.__dict__["_call_impl"]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; whatever is raised on the way, no trace of the pass stays."""
+        """Call the model, and restore the outer pass if anything is raised."""
         call = functools.partial(nn.Module._call_impl, self.model)
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
@@ -78,7 +78,7 @@ class ThoughtHooks:
 
     @uncompiled
     def before_backbone(self, backbone: nn.Module, args: Any) -> None:
-        """Reject calls of the backbone that do not come from the base: they would run without thoughts."""
+        """Reject direct calls of the backbone, which would run without thoughts."""
         running = RUNNING.get()
         inside = running is READING or (isinstance(running, Pass) and running.host is self.host)
         if not inside and self.host.layer.active_name() is not None:
@@ -88,7 +88,7 @@ class ThoughtHooks:
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Translate the caller's inputs into what the base sees; nothing when adapters are disabled."""
+        """Translate the caller's inputs into the base's; does nothing while adapters are disabled."""
         source = self.host.layer.active_source()
         inputs = {**dict(zip(self.host.names, args, strict=False)), **kwargs} if args else kwargs.copy()
         if source is None:
@@ -106,7 +106,7 @@ class ThoughtHooks:
         return (), inputs
 
     def _choose(self, inputs: dict[str, Any], source: ThoughtSource) -> Pass:
-        """The kind of pass that a forward is."""
+        """Choose the kind of pass for a forward."""
         host, generation, after_cache = self.host, running_generation(self.model), cache_length(find_cache(inputs)) > 0
         if generation is not None and generation.prefilled and after_cache:
             return Decoding(host, source, generation.placement_of(len(tokens(inputs))))
@@ -121,7 +121,7 @@ class ThoughtHooks:
 
     @uncompiled
     def after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Put the outputs back in line with the caller's tokens."""
+        """Align the outputs with the caller's tokens."""
         running = RUNNING.get()
         if not isinstance(running, Pass) or running.host is not self.host:
             return None

@@ -1,4 +1,4 @@
-"""Finished sequences are dropped from the batch: `generate` runs only the rows that have not ended."""
+"""Drops finished sequences from the batch, so that `generate` runs only the unfinished rows."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# To read on a GPU which rows have ended, the CPU waits for it; and a step with fewer rows saves little there.
+# On a GPU, each check makes the CPU wait for the GPU, and a step with fewer rows saves little.
 CHECK_INTERVAL_ON_GPU = 16
 
 
 class LiveRows(StoppingCriteria):
     """Drops finished sequences from the batch within one call of `generate`. The tokens stay the same.
 
-    By itself, `generate` runs every row until the longest one ends, and pads the others (transformers 5.23). This
-    criterion ends a row at EOS, or where one of `criteria` says so, then removes it from the KV cache and runs the
-    remaining rows alone. It works with greedy decoding and sampling, for any causal LM, with an adapter or without.
-    Caches whose rows cannot be selected, such as static caches and states of linear attention, keep all rows.
+    By default, `generate` runs every row until the longest one ends and pads the others (transformers 5.23). This
+    criterion finishes a row at EOS or when one of `criteria` is met, then removes it from the KV cache and runs only
+    the remaining rows. It works with greedy decoding and sampling, for any causal LM, with or without an adapter.
+    Caches whose rows cannot be selected, such as static caches and linear-attention states, keep all rows.
 
     Beam search and assisted decoding are not supported, because they reorder rows or add several tokens at once.
 
@@ -46,15 +46,15 @@ class LiveRows(StoppingCriteria):
 
     Args:
         model: The model that generates. It needs a pad token.
-        criteria: Further criteria, each returning which rows have ended, `(B,)`.
+        criteria: Additional stopping criteria, each returning which rows have ended, `(B,)`.
 
     Raises:
-        TypeError: `model` is not a transformers model, or a PEFT model around one.
-        ValueError: While generating: rows do not grow by one token at a time, as with drafts, or in a second call of
-            `generate`.
+        TypeError: `model` is neither a transformers model nor a PEFT model around one.
+        ValueError: During generation, if rows do not grow by one token per step, as with draft models or when the
+            criterion is reused in a second `generate` call.
     """
 
-    eos_token_id = None  # `generate` pads finished rows if a criterion has this attribute (transformers 5.23)
+    eos_token_id = None  # makes `generate` pad finished rows (transformers 5.23)
 
     def __init__(self, model: PreTrainedModel | PeftModel, criteria: Sequence[StoppingCriteria] = ()) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -67,30 +67,30 @@ class LiveRows(StoppingCriteria):
         eos = self._model.generation_config.eos_token_id
         self._criteria = StoppingCriteriaList([*([] if eos is None else [EosTokenCriteria(eos)]), *criteria])
         self._ended: Tensor | None = None  # (B,)
-        self._rows: Tensor | None = None  # indices of the batch's rows that the cache holds; `None`: all of them
-        self._length: int | None = None  # of the rows at the last call
+        self._rows: Tensor | None = None  # indices of the batch rows in the cache; `None`: all
+        self._length: int | None = None  # row length at the last call
         self._steps = 0
 
     def __enter__(self) -> LiveRows:
-        """Wrap the model's forward, inside of the hooks around it."""
-        self._replaced = self._model.__dict__.get("forward")
+        """Wrap the model's `forward`; its hooks stay outside of the wrapper."""
+        self._instance_forward = self._model.__dict__.get("forward")
         self._forward = self._model.forward
         self._model.forward = functools.update_wrapper(functools.partial(self._run), self._forward)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Restore the model's forward."""
+        """Restore the model's `forward`."""
         del self._model.forward
-        if self._replaced is not None:
-            self._model.forward = self._replaced
+        if self._instance_forward is not None:
+            self._model.forward = self._instance_forward
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Return which rows have ended, `(B,)`. `generate` calls this after each token.
 
         Args:
-            input_ids: Prompts and what was generated, `(B, L)`.
-            scores: As `generate` passes them to criteria.
-            **kwargs: As `generate` passes them to criteria.
+            input_ids: Prompts with the tokens generated so far, `(B, L)`.
+            scores: As passed by `generate`.
+            **kwargs: As passed by `generate`.
         """
         length = input_ids.shape[1]
         if self._length is not None and length != self._length + 1:
@@ -103,7 +103,7 @@ class LiveRows(StoppingCriteria):
         return self._ended
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward on the rows that have not ended; the logits of the others are zeros."""
+        """Run the model's `forward` on the unfinished rows; the logits of the other rows are zeros."""
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if self._ended is None or cache is None or not _has_selectable_rows(cache):
             return self._forward(*args, **kwargs)
@@ -123,26 +123,26 @@ class LiveRows(StoppingCriteria):
 
     @property
     def _check_interval(self) -> int:
-        """Steps between two checks of which rows have ended."""
+        """Number of steps between checks for finished rows."""
         return 1 if self._ended is None or self._ended.device.type == "cpu" else CHECK_INTERVAL_ON_GPU
 
     def _drop_ended(self, ended: Tensor, cache: Cache) -> None:
-        """Remove ended rows from the cache; if all have ended, keep the last ones."""
+        """Remove finished rows from the cache; if all are finished, keep the cache as it is."""
         held = torch.arange(len(ended), device=ended.device) if self._rows is None else self._rows
-        live = (~ended[held]).nonzero()[:, 0]  # indices of the cache's rows
+        live = (~ended[held]).nonzero()[:, 0]  # indices into the cache's rows
         if 0 < len(live) < len(held):
             cache.batch_select_indices(live)
             self._rows = held[live]
 
 
 def _has_selectable_rows(cache: Cache) -> bool:
-    """Whether a cache holds nothing but keys and values, so that selecting their rows is enough."""
+    """Return whether a cache holds only keys and values, whose rows can be selected."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
 
 
 def _arguments_by_row(kwargs: dict[str, Any], batch_size: int) -> dict[str, Tensor] | None:
-    """The arguments with one row per sequence; `None` if others may have their rows in another dimension."""
+    """Return the arguments with one row per sequence; `None` if the batch dimension of another one is unclear."""
     found = {}
     for name, value in kwargs.items():
         if isinstance(value, dict) or (isinstance(value, Tensor) and value.dim() > (3 if "embeds" in name else 2)):

@@ -1,4 +1,4 @@
-"""Makes `PeftType.SOFTCOT` known to PEFT and transformers, and nothing else."""
+"""Registers `PeftType.SOFTCOT` with PEFT, and thereby with transformers. Changes nothing else."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NAME = "SOFTCOT"
 
 
 def add_peft_type() -> None:
-    """Add the true enum member `PeftType.SOFTCOT`; does nothing where it exists.
+    """Add the enum member `PeftType.SOFTCOT`, unless it exists.
 
-    Transformers' `load_adapter` reads `peft_type.value`, so a plain string is not enough, and peft 0.21 has no way to
-    add one: enums cannot be extended, so the member is made as `enum.EnumType` makes it.
+    Transformers' `load_adapter` reads `peft_type.value`, so a plain string is not enough. Enums cannot be extended and
+    peft 0.21 offers no other way, so this creates the member in the same way as `enum.EnumType`.
     """
     if NAME in PeftType.__members__:
         return
@@ -37,7 +37,7 @@ def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
         model_cls: The tuner class of the method.
 
     Warns:
-        UserWarning: PEFT itself provides the method; its own classes stay in place.
+        UserWarning: PEFT provides the method itself; its classes stay registered.
     """
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
     if registered is None:
@@ -45,6 +45,6 @@ def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     elif registered is not config_cls:
         warnings.warn(
             f"PEFT already knows the method 'softcot' as {registered.__module__}.{registered.__name__}, which stays "
-            "in place. Adapters are loaded with it instead of with softcot-peft.",
+            "registered. PEFT loads adapters with it instead of softcot-peft.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""`SoftCoTModel`: wires SoftCoT into PEFT. Attaches, saves, loads and removes adapters."""
+"""`SoftCoTModel`, the PEFT tuner: attaches, saves, loads and removes SoftCoT adapters."""
 
 from __future__ import annotations
 
@@ -29,17 +29,33 @@ from .sources import BaseLM, make_source
 class SoftCoTModel(BaseTuner):
     """Adds soft thoughts of a frozen assistant to a frozen base LM (arXiv 2502.12134).
 
-    Made by [`~peft.get_peft_model`], [`~peft.PeftModel.from_pretrained`] and transformers' `load_adapter`.
+    [`~peft.get_peft_model`], [`~peft.PeftModel.from_pretrained`] and transformers' `load_adapter` create it.
+
+    Example:
+        ```python
+        from peft import get_peft_model
+        from softcot_peft import SoftCoTConfig
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained("path/to/base")
+        config = SoftCoTConfig(
+            assistant_model_name_or_path="path/to/assistant",
+            num_thought_tokens=4,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, config)  # `model.base_model` is a `SoftCoTModel`
+        model.print_trainable_parameters()
+        ```
 
     Args:
         model: The base, a decoder LM of transformers.
-        peft_config: The adapter's [`SoftCoTConfig`], or a dict of them by adapter name.
-        adapter_name: The adapter's name.
-        low_cpu_mem_usage: Make the projection on the meta device, to be filled by loading.
+        peft_config: The adapter's [`SoftCoTConfig`], or a dict of configs by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Whether to create the projection on the meta device, to be loaded later.
 
     Raises:
         TypeError: The base is not a transformers model.
-        ValueError: Base, assistant and adapter do not fit together.
+        ValueError: Base, assistant and adapter are not compatible.
     """
 
     prefix: str = "softcot_"
@@ -66,11 +82,11 @@ class SoftCoTModel(BaseTuner):
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except Exception:
-            attached.update(earlier)  # BaseTuner has written the refused config over one of the same name
+            attached.update(earlier)  # BaseTuner has overwritten the config of the same name with the rejected one
             raise
 
     def unmerge_adapter(self) -> None:
-        """SoftCoT adapters are never merged, so there is nothing to take out of the base again.
+        """Raise an error: SoftCoT adapters are never merged.
 
         Raises:
             ValueError: Always.
@@ -81,26 +97,26 @@ class SoftCoTModel(BaseTuner):
         )
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """SoftCoT adapters cannot be combined into one.
+        """Raise an error: SoftCoT adapters cannot be combined.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "`add_weighted_adapter` is not supported: each SoftCoT adapter has an assistant and a number of thoughts "
-            "of its own. Choose one with `set_adapter`."
+            "`add_weighted_adapter` is not supported: each SoftCoT adapter has its own assistant and number of "
+            "thoughts. Choose one with `set_adapter`."
         )
 
-    # The following override private methods of BaseTuner, its way of being subclassed (peft 0.21).
+    # The following methods override private ones of BaseTuner, which is how PEFT subclasses it (peft 0.21).
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return peft_config  # no target modules to choose
+        return peft_config  # there are no target modules to choose
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         self._embedding_name = check_base(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As BaseTuner does it; an adapter that is refused leaves no config behind."""
+        """Inject the adapter like BaseTuner, but remove its config if the adapter is rejected."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -124,24 +140,26 @@ class SoftCoTModel(BaseTuner):
         base = BaseLM(self.model.name_or_path, layer.base_hidden_size, layer.vocabulary)
         source = make_source(cast(SoftCoTConfig, peft_config), base)
         layer.update_layer(adapter_name, source)
-        # Not `_replace_module`, which moves the adapter to where the embedding's weight is: to meta, where accelerate
-        # has offloaded it, and nothing would bring the adapter back.
+        # Not `_replace_module`: it moves the adapter to the device of the embedding's weight. If accelerate has
+        # offloaded the embedding, this is the meta device, and nothing would restore the adapter.
         setattr(parent, target_name, layer)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if not is_whole(layer.weight):
-            # Transformers' `load_adapter` would write the weights to where the embedding is on disk, and read none.
-            device_map_of(self.model).update({self._place + part: "cpu" for part, _ in source.named_children()})
+            # Otherwise, transformers' `load_adapter` would offload the source to disk like the embedding, unloaded.
+            device_map_of(self.model).update(
+                {self._source_prefix + part: "cpu" for part, _ in source.named_children()}
+            )
         if HOOKS not in self.model.__dict__:
             hooks = ThoughtHooks(self.model, layer, functools.partial(load_checked, layer))
             setattr(self.model, HOOKS, hooks)
 
     @property
-    def _place(self) -> str:
-        """What the names of sources' children among the base's modules begin with."""
+    def _source_prefix(self) -> str:
+        """Prefix of the module names of sources' children in the base."""
         return f"{self._embedding_name}.{OWN}"
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Float32 whatever the base has, so that PeftModel and transformers' `load_adapter` agree.
+        # Float32 for bases of any dtype, so that PeftModel and transformers' `load_adapter` agree.
         layer = layer_of(self.model)
         dtype = torch.float32 if autocast_adapter_dtype else layer.weight.dtype
         layer.source(adapter_name).to(dtype if dtype.is_floating_point else torch.float32)
@@ -163,12 +181,12 @@ class SoftCoTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        remove_hooks(self.model, self._place)
+        remove_hooks(self.model, self._source_prefix)
         return self.model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        check_adapter_names(kwargs.get("adapter_names"))  # PEFT drops it before the base sees it
+        check_adapter_names(kwargs.get("adapter_names"))  # PEFT removes the argument before the base's forward
         yield
 
     @classmethod
@@ -180,24 +198,24 @@ class SoftCoTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # Called by every way of saving, before the config is written: what it takes to load the adapter years later.
+        # Called whenever an adapter is saved, before its config is written. Completes the config for loading it later.
         config = cast(SoftCoTConfig, config)
         layer_of(model).source(adapter_name).complete(config)
         config.softcot_peft_version = __version__
         weights: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        owed = layer_of(model).source(adapter_name).checkpoint_tensors()
-        if owed and state_dict and not weights:  # processes other than the first may hold nothing of a sharded model
+        expected = layer_of(model).source(adapter_name).checkpoint_tensors()
+        if expected and state_dict and not weights:  # a sharded model's state may be empty in later processes
             raise ValueError(
                 f"The model's state must hold the projection of adapter {adapter_name!r} under its module's name, but "
-                "does not: something that renames modules is wrapped around a part of the base. Take it off first."
+                "does not: something that renames modules is wrapped around a part of the base. Remove it first."
             )
         return weights
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Builds the names in a file, and on loading their inverse: a compiled backbone's are those of a plain one.
+        # Maps names to those in the file, and back on loading. Compiled backbones are saved like plain ones.
         return without_adapter_name(key, adapter_name)
 
     @classmethod
@@ -212,7 +230,7 @@ class SoftCoTModel(BaseTuner):
                 discard(model, adapter_name)
             raise
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
-        if unknown := set(remapped).intersection(checked):  # named as in the file: found nowhere in the model
+        if unknown := set(remapped).intersection(checked):  # still named as in the file: without a match in the model
             raise ValueError(
                 f"The adapter's file must fit the names of the model's modules, but {sorted(unknown)} fit none: "
                 "something that renames modules is wrapped around a part of the base. Load the adapter first."

@@ -1,1 +1,1 @@
-"""Adapter files: reading those of strangers, and the model card of one's own."""
+"""Adapter files: validation of untrusted files, and the model card."""

@@ -1,4 +1,4 @@
-"""The paragraph of a saved model card that says how to load the adapter. Knows nothing about models."""
+"""The section of a model card that shows how to load the adapter. Independent of models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _HEADING = "## Loading this SoftCoT adapter"
 
 
 def write_usage(card: Path, base: str | None, assistant: str | None) -> None:
-    """Add the loading paragraph to a model card, unless the card has it."""
+    """Add the loading section to a model card unless it is already there."""
     text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
     if _HEADING in text:
         return

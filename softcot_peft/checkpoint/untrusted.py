@@ -1,6 +1,6 @@
-"""Files of strangers, looked at before anything is made of them: names, counts and kinds, never code.
+"""Checks untrusted files before anything is built from them: names, counts and types. Never runs code.
 
-An adapter names an assistant, and both come from whoever published them. SECURITY.md says what follows from that.
+An adapter names an assistant, and anybody can publish either. SECURITY.md describes what follows from that.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
-# Counts in configs, by the ends of their names, each several times that of the largest published LM.
-_COUNTS = {re.compile(r"(^|_)(layers?|blocks?)$"): 1024, re.compile(r"(^|_)(experts|heads?)$"): 4096}
-_MOST_PARAMETERS = 100_000  # tensors of one model
+# Limits for counts in configs, by the end of the field name: several times those of the largest published LM.
+_COUNT_LIMITS = {re.compile(r"(^|_)(layers?|blocks?)$"): 1024, re.compile(r"(^|_)(experts|heads?)$"): 4096}
+_MOST_PARAMETERS = 100_000  # tensors per model
 
 
 def read_config(name: str, revision: str | None) -> PretrainedConfig:
-    """Read a model's config, without running code, and refuse absurd numbers before anything is made of them.
+    """Read a model's config without running code, and reject implausible values before a model is built.
 
     Raises:
-        OSError: There is no config under this name.
-        ValueError: It cannot be a config, or not one of a model that could exist.
+        OSError: No config exists under this name.
+        ValueError: The config is invalid, or does not describe a plausible model.
     """
     found, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     _check_config(found)
@@ -44,20 +44,20 @@ def _check_config(config: Mapping[str, Any], code: bool = False) -> None:
         names_code = code or str(key).endswith("_implementation")
         if isinstance(value, Mapping):
             _check_config(value, names_code)
-        # With a name like "owner/kernel" transformers fetches compiled code from the Hub and runs it (5.23).
+        # For a name like "owner/kernel", transformers downloads compiled code from the Hub and runs it (5.23).
         elif names_code and isinstance(value, str) and not value.isidentifier():
             raise ValueError(f"its config asks for the code of {value!r} as `{key}`, which never runs.")
-        for count, most in _COUNTS.items():
+        for count, most in _COUNT_LIMITS.items():
             if count.search(str(key)) and isinstance(value, (int, float)) and value > most:
                 raise ValueError(f"its config says `{key}` is {value}, and no LM has more than {most}.")
 
 
 def check_shards(name: str, revision: str | None) -> None:
-    """Refuse a list of weight files that leads out of the model's folder."""
+    """Reject an index of weight files that points outside the model's folder."""
     try:
         index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
     except OSError:
-        return  # one file
+        return  # not sharded
     if index is None:
         return
     files = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {}).values()
@@ -68,7 +68,7 @@ def check_shards(name: str, revision: str | None) -> None:
 
 @contextmanager
 def meta_model() -> Iterator[None]:
-    """Make models on the meta device, and stop at those that are made of more tensors than any model is."""
+    """Build models on the meta device, and reject models with an implausible number of tensors."""
     count, thread = 0, threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -85,8 +85,8 @@ def meta_model() -> Iterator[None]:
         handle.remove()
 
 
-def has_pickle_alone(name: str, subfolder: str | None, options: Mapping[str, Any]) -> bool:
-    """Whether an adapter's weights are a pickle, with no safetensors file beside it."""
+def has_only_pickle(name: str, subfolder: str | None, options: Mapping[str, Any]) -> bool:
+    """Return whether an adapter's weights are a pickle, without a safetensors file next to it."""
     folder = Path(name, subfolder or "")
     if folder.is_dir():
         return not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
@@ -102,8 +102,8 @@ def has_pickle_alone(name: str, subfolder: str | None, options: Mapping[str, Any
     return not exists(SAFETENSORS_WEIGHTS_NAME) and exists(WEIGHTS_NAME)
 
 
-def pickled(where: str) -> str:
-    """The message for an adapter that is a pickle."""
+def pickle_message(where: str) -> str:
+    """Return the error message for an adapter that is a pickle."""
     return (
         f"An adapter must be a safetensors file, got a pickle in {where!r}, which can run code. If you trust it, "
         "load its tensors with `torch.load(..., weights_only=True)` and write them with "

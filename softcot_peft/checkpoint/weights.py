@@ -1,8 +1,8 @@
-"""Checks the tensors of an adapter's file before they enter a model: those of its source, and nothing else.
+"""Checks the tensors of an adapter file before they are loaded: only those of its source are allowed.
 
-Adapter files come from strangers. PEFT and transformers load every tensor whose name they find in the model, so that a
-file could replace weights of the base. In a file, the tensors of a source have the name of the base's input embedding
-and `softcot_` before their own: `base_model.model.model.embed_tokens.softcot_projection.weight`.
+Adapter files are untrusted. PEFT and transformers load every tensor whose name exists in the model, so that a file
+could overwrite weights of the base. In a file, the name of a source's tensor consists of the name of the base's input
+embedding, `softcot_` and its own name: `base_model.model.model.embed_tokens.softcot_projection.weight`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..compat.engines import unwrapped
-from .untrusted import pickled
+from .untrusted import pickle_message
 
-OWN = "softcot_"  # before the names of a source's children, in models and in files
-_PREFIX = "base_model.model."  # of names in adapter files, whatever the model's own names begin with
+OWN = "softcot_"  # prefix of the names of a source's children, in models and in files
+_PREFIX = "base_model.model."  # of all names in adapter files
 
 
 class _Source(Protocol):
-    """What is asked of a thought source here."""
+    """The methods of a thought source that this module uses."""
 
     def checkpoint_tensors(self) -> dict[str, torch.Size]: ...
 
@@ -30,7 +30,7 @@ class _Source(Protocol):
 
 
 def name_in_model(name: str, adapter_name: str) -> str:
-    """The name within the wrapped embedding of a source's tensor.
+    """Return the name of a source's tensor within the wrapped embedding.
 
     >>> name_in_model("projection.weight", "default")
     'softcot_projection.default.weight'
@@ -40,7 +40,7 @@ def name_in_model(name: str, adapter_name: str) -> str:
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
-    """The name in a file of a tensor of the model.
+    """Return the name in a file of one of the model's tensors.
 
     >>> without_adapter_name("base_model.model.embed_tokens.softcot_projection.default.weight", "default")
     'base_model.model.embed_tokens.softcot_projection.weight'
@@ -51,7 +51,7 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
 
 
 def names_in_file(path: str, source: _Source) -> dict[str, str]:
-    """The names that a source's tensors may have in a file, with and without PEFT's prefix, to their own names.
+    """Map the names that a source's tensors may have in a file, with and without PEFT's prefix, to their own names.
 
     Args:
         path: Name of the wrapped embedding among the model's modules.
@@ -63,20 +63,20 @@ def names_in_file(path: str, source: _Source) -> dict[str, str]:
 
 
 def check_tensors(found: Mapping[str, Tensor], model: nn.Module, path: str, source: _Source) -> dict[str, Tensor]:
-    """The tensors of a source among those of a file, checked.
+    """Check the tensors of a file, and return those of the source.
 
     Args:
         found: The file's tensors.
-        model: The model that they are for.
+        model: The model to load them into.
         path: Name of the wrapped embedding among its modules.
         source: The adapter's source.
 
     Returns:
-        The tensors under their names in the file.
+        The source's tensors under their names in the file.
 
     Raises:
-        ValueError: One is missing, has another shape, is no floating-point tensor or not finite; or the file holds
-            weights of the base that differ from those of this base.
+        ValueError: A tensor is missing, has another shape, is not a floating-point tensor or is not finite; or the
+            file holds other tensors that are not copies of the base's weights.
     """
     names, wanted = names_in_file(path, source), source.checkpoint_tensors()
     checked = {key: tensor for key, tensor in found.items() if key in names}
@@ -108,7 +108,7 @@ def _check_values(name: str, tensor: Tensor, shape: torch.Size) -> None:
 
 
 def _check_rest(rest: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Reject tensors beyond the source's, but for copies of what the base holds: PEFT saves resized embeddings."""
+    """Reject tensors that are not the source's, except copies of the base's: PEFT saves resized embeddings."""
     if not rest:
         return
     state = {unwrapped(name): tensor for name, tensor in model.state_dict().items()}
@@ -125,7 +125,7 @@ def _check_rest(rest: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def read_safetensors(files: list[str]) -> dict[str, Tensor]:
-    """The tensors of safetensors files.
+    """Read the tensors of safetensors files.
 
     Raises:
         ValueError: A file is a pickle.
@@ -133,7 +133,7 @@ def read_safetensors(files: list[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise ValueError(pickled(str(file)))
+            raise ValueError(pickle_message(str(file)))
         with safe_open(file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
     return tensors

@@ -1,1 +1,1 @@
-"""Differences between models, releases of transformers and engines, each with its reason."""
+"""Workarounds for differences between models, releases of transformers and engines, each with its reason."""

@@ -1,4 +1,4 @@
-"""Differences between KV caches: their names, their lengths, what they hold."""
+"""Differences between KV caches: names, lengths, contents."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # The name of a cache among arguments and outputs: "past_key_values" until transformers 5.23, "cache" since.
 CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
-# All names under which models take theirs: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23, 5.24).
+# All names of cache arguments: `ALL_CACHE_NAMES` of transformers.generation.utils (private, 5.23, 5.24).
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 def find_cache(arguments: Mapping[str, Any] | tuple[Any, ...]) -> Any:
-    """The cache among a forward's arguments or outputs; `None` where there is none."""
+    """Return the cache among the arguments or outputs of a forward pass; `None` if there is none."""
     if isinstance(arguments, tuple):
         return next((value for value in arguments if isinstance(value, Cache)), None)
-    # Outputs are asked for no other names than they have: for old ones they log a warning (transformers 5.24).
+    # Reads only names that an output has: outputs log a warning when old names are read (transformers 5.24).
     return next((value for name, value in arguments.items() if name in CACHE_NAMES and value is not None), None)
 
 
 def cache_length(cache: Any) -> int:
-    """Tokens held by a cache, 0 for none; 1 stands for those of state-space models, which cannot tell."""
+    """Return the number of cached tokens: 0 without a cache, 1 for state-space models, whose state has no count."""
     if cache is None:
         return 0
-    counted = _counted(cache)
+    counted = _seq_length(cache)
     if counted is not None:
         return counted
     return int(cache.has_previous_state()) if hasattr(cache, "has_previous_state") else 1
 
 
 def counts_tokens(cache: Any) -> bool:
-    """Whether a cache knows how many tokens it holds; one of linear attention or state-space layers alone does not."""
-    return _counted(cache) is not None
+    """Return whether a cache counts its tokens; one with only linear-attention or state-space layers does not."""
+    return _seq_length(cache) is not None
 
 
-def _counted(cache: Any) -> int | None:
+def _seq_length(cache: Any) -> int | None:
     try:
         return int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # it has no such method, or no layer that counts (transformers 5.23)
+    except (AttributeError, ValueError):  # no such method, or no layer that counts (transformers 5.23)
         return None
 
 
 def holds_attention_alone(cache: Any) -> bool:
-    """Whether a cache holds keys and values and nothing else.
+    """Return whether a cache holds only keys and values.
 
-    Recurrent and convolutional states are overwritten in place, which gradients do not survive, and not every such
-    layer goes on from them with more than one token (transformers 5.23).
+    Recurrent and convolutional states are overwritten in place, which breaks gradients, and some of these layers
+    cannot continue from a state with more than one token (transformers 5.23).
     """
-    layers = getattr(cache, "layers", [])  # caches of encoder-decoders have none
+    layers = getattr(cache, "layers", [])  # caches of encoder-decoders have no layers
     return bool(layers) and not any(hasattr(layer, "recurrent_states") for layer in layers)
 
 
 def is_dynamic(cache: Any) -> bool:
-    """Whether a cache is one that grows with what it is given, rows included, and holds keys and values alone."""
+    """Return whether a cache grows with its input, including the batch size, and holds only keys and values."""
     layers = getattr(cache, "layers", [])
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in layers)
 
 
 def fixed_length(cache: Any, config: PretrainedConfig) -> int | None:
-    """How many tokens a cache of fixed size has room for; `None` where it grows.
+    """Return the capacity in tokens of a cache of fixed size; `None` if the cache grows.
 
-    A sliding window drops what leaves it, unless the cache is smaller than the window (transformers 5.23).
+    Sliding-window layers drop tokens that leave the window, unless they are smaller than it (transformers 5.23).
     """
     static = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, StaticLayer)]
     if not static:

@@ -1,4 +1,4 @@
-"""Runs a model in eval mode without changing what the user set."""
+"""Runs a model in eval mode and restores the mode of each module."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _lock = Lock()
-_evaluating: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # modules to put back, and who still needs them
+_evaluating: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # modules to restore, and number of users
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode, and put every module back into its own mode afterwards.
+    """Run a model in eval mode, and restore each module's own mode afterwards.
 
-    Threads and models may share modules: the last one to leave puts a module back. Sets the flags alone, since a
-    module's own `train` may do more than that, such as unmerging weights.
+    Threads and models may share modules; the last user restores a module. This sets only the flag, since a module's
+    `train` method may do more, such as unmerging weights.
     """
     with _lock:
-        # In eval mode, 4-bit layers (bitsandbytes 0.50) pack their weights for good on some CPUs, and do no more.
+        # Skips 4-bit layers (bitsandbytes 0.50): in eval mode, they only pack their weights for good on some CPUs.
         modules = [m for m in model.modules() if (m.training or m in _evaluating) and not hasattr(m, "compute_dtype")]
         for module in modules:
             _evaluating[module] = _evaluating.get(module, 0) + 1

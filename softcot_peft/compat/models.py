@@ -1,4 +1,4 @@
-"""Differences between models: what kind they are, their sizes, their positions."""
+"""Differences between models: types, sizes, position ids."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-_WIDEST = 2**16  # hidden states, several times those of the widest published LM
+_MAX_WIDTH = 2**16  # hidden size, several times that of the widest published LM
 
 
 def check_decoder_lm(config: PretrainedConfig, what: str, remedy: str, model: nn.Module | None = None) -> None:
-    """Refuse a model that is not a decoder language model.
+    """Reject a model that is not a decoder language model.
 
     Args:
         config: Config of the model.
-        what: What the model is, for the message.
-        remedy: What to do, for the message.
-        model: The model, if it is loaded: a type may map to a class whose own config is a part of the type's.
+        what: Subject of the error message.
+        remedy: Advice at the end of the error message.
+        model: The model, if it is loaded. Its class may be a causal LM even if the type of its config is not mapped.
 
     Raises:
-        ValueError: It is an encoder-decoder, an encoder, or no language model.
+        ValueError: The model is an encoder-decoder, an encoder, or not a language model.
     """
     text_config = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         kind = "an encoder-decoder"
     elif not _is_causal_lm(config, text_config, model):
         kind = "no causal LM known to transformers"
-    elif _looks_ahead(text_config):
+    elif _is_bidirectional(text_config):
         kind = "an encoder: its config lets tokens attend to later ones"
-    elif model is not None and accepts(type(model).forward, "shared_kv_states"):  # those of Gemma 4 (5.23)
+    elif model is not None and accepts(type(model).forward, "shared_kv_states"):  # Gemma 4 (5.23)
         kind = "a draft model that reads another one's keys and values"
     else:
         return
@@ -47,22 +47,25 @@ def _is_causal_lm(config: PretrainedConfig, text_config: PretrainedConfig, model
     return model is not None and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _looks_ahead(config: PretrainedConfig) -> bool:
-    """Whether a config of a type that can be a decoder makes it something else (fields of transformers 5.23)."""
-    # BERT and its kin: encoders unless told otherwise. GPT-NeoX has the first field too, and does not look at it.
+def _is_bidirectional(config: PretrainedConfig) -> bool:
+    """Return whether a config makes a model bidirectional (fields of transformers 5.23)."""
+    # BERT and related models are encoders by default. GPT-NeoX has `is_decoder` too, but ignores it.
     if hasattr(config, "is_decoder") and hasattr(config, "add_cross_attention"):
         return not config.is_decoder
     return (
         getattr(config, "causal", True) is False  # XLM
         or getattr(config, "attn_type", None) == "bi"  # XLNet
-        or getattr(config, "use_bidirectional_attention", None) in (True, "all")  # Gemma and its kin
+        or getattr(config, "use_bidirectional_attention", None) in (True, "all")  # Gemma and related models
     )
 
 
 def head_width(model: PreTrainedModel) -> int:
-    """Width of a causal LM's last hidden states: what its head reads.
+    """Return the width of a causal LM's last hidden states, the input of its head.
 
-    `config.hidden_size` is not it everywhere (OPT-350M projects to another width before its head).
+    It may differ from `config.hidden_size`: OPT-350M projects to another width before its head.
+
+    Raises:
+        ValueError: The model has no head, or its width is implausible.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -71,16 +74,21 @@ def head_width(model: PreTrainedModel) -> int:
             "`AutoModelForCausalLM`."
         )
     width = int(getattr(head, "in_features", None) or head.weight.shape[-1])
-    if width > _WIDEST:
-        raise ValueError(f"The assistant's hidden states must be at most {_WIDEST} wide, got {width}. No LM is wider.")
+    if width > _MAX_WIDTH:
+        raise ValueError(
+            f"The assistant's hidden states must be at most {_MAX_WIDTH} wide, got {width}. No LM is wider."
+        )
     return width
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A causal LM without its head.
+    """Return a causal LM without its head.
 
-    `base_model` is the whole model where `base_model_prefix` is not the backbone's name (Llama4ForCausalLM,
-    transformers 5.23); there it is the transformers model inside.
+    `base_model` returns the whole model if `base_model_prefix` is not the name of the backbone (Llama4ForCausalLM,
+    transformers 5.23). In this case, the backbone is the transformers model among the children.
+
+    Raises:
+        ValueError: The model has no separate backbone.
     """
     for found in (model.base_model, *model.children()):
         if found is not model and isinstance(found, PreTrainedModel):
@@ -92,12 +100,12 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_table(module: nn.Module) -> bool:
-    """Whether a module is one table of embeddings; models that write several codebooks have a list of them."""
+    """Return whether a module is a single embedding table; models with several codebooks have a list of tables."""
     return isinstance(getattr(module, "weight", None), Tensor)
 
 
 def num_embeddings(config: PretrainedConfig, model: PreTrainedModel | None = None) -> int:
-    """How many ids a model has embeddings for: as its table says, else its config, which a resized one may not match.
+    """Return the number of ids with an embedding: from the table, else from the config, which resizing may outdate.
 
     Args:
         config: Config of the model.
@@ -110,10 +118,10 @@ def num_embeddings(config: PretrainedConfig, model: PreTrainedModel | None = Non
 
 
 def ordinary_token(model: PreTrainedModel) -> int:
-    """An id that has an embedding and is not padding: beginning or end of sequence, else 0.
+    """Return an id that has an embedding and is not padding: BOS or EOS, else 0.
 
-    Configs of some types lack these fields, and those of models with a smaller vocabulary keep the ids of the larger
-    one (transformers 5.23).
+    Configs of some types lack these fields, and models with a reduced vocabulary may keep the ids of the full one
+    (transformers 5.23).
     """
     text_config = model.config.get_text_config(decoder=True)
     padding, most = getattr(text_config, "pad_token_id", None), num_embeddings(model.config, model)
@@ -125,10 +133,10 @@ def ordinary_token(model: PreTrainedModel) -> int:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """How many tokens the model has positions for; `None` where there is no limit.
+    """Return the maximum number of positions; `None` if there is no limit.
 
-    Rotary positions, which transformers 5 describes in `rope_parameters`, go on beyond `max_position_embeddings`; that
-    is the length of a table in models that have one.
+    Rotary embeddings, which transformers 5 describes in `rope_parameters`, extend beyond `max_position_embeddings`.
+    For learned positions, it is the length of the table.
     """
     text_config = config.get_text_config(decoder=True)
     if getattr(text_config, "rope_parameters", None):
@@ -138,10 +146,10 @@ def position_limit(config: PretrainedConfig) -> int | None:
 
 
 def rotary_switch(config: PretrainedConfig) -> int | None:
-    """Length of rows beyond which the rotary frequencies of a whole pass change; `None` where they never do.
+    """Return the sequence length beyond which the rotary frequencies of a pass change; `None` if they never do.
 
-    They are chosen by the largest position of a pass (fields of transformers 5.23; one dict, or one for each type of
-    layer).
+    The largest position of a pass selects the frequencies for all of its tokens (fields of transformers 5.23; one
+    dict, or one per layer type).
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]
@@ -155,23 +163,23 @@ def rotary_switch(config: PretrainedConfig) -> int | None:
 
 
 def checkpoints(model: nn.Module) -> bool:
-    """Whether a model recomputes activations in the backward pass, and therefore keeps no cache.
+    """Return whether gradient checkpointing is on, with which a model keeps no cache.
 
-    The flag stands on the modules that do it; the model's own name for it changed (transformers 5.23).
+    Reads the flag of the modules, since the model's attribute was renamed (transformers 5.23).
     """
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
-    """Whether a model's forward names an argument."""
+    """Return whether a function has an argument of this name."""
     return name in inspect.signature(function).parameters
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether a model wants to be told the positions of padded rows.
+    """Return whether a model needs `position_ids` for padded rows.
 
-    RoBERTa and its kin do not: they count from their padding id on and leave padding out by themselves. Their table of
-    positions is the only kind with a padding index (transformers 5.23).
+    RoBERTa and related models do not: they count positions from the padding id on and skip padding themselves. They
+    are the only models whose position table has a padding index (transformers 5.23).
     """
     counts_itself = any(
         isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name
@@ -181,5 +189,5 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def argument_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the forward's arguments in order, so that positional ones can be told apart."""
+    """Return the names of the arguments of `forward` in order, to identify positional arguments."""
     return tuple(inspect.signature(type(model).forward).parameters)[1:]

@@ -1,4 +1,4 @@
-"""Differences between releases of transformers and PEFT, each with the release it was seen in."""
+"""Differences between releases of transformers and PEFT, each with the release that has it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-# Arguments with which packed and padding-free batches announce themselves to attention kernels (transformers 5.23).
+# Arguments that mark packed and padding-free batches for attention kernels (transformers 5.23).
 PACKED_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "block_table")
 
 
 def attached_configs(model: nn.Module) -> dict[str, PeftConfig]:
-    """Configs of the adapters that a model carries, by name.
+    """Return the configs of a model's adapters, by name.
 
-    PEFT and transformers keep them in this attribute of the base, which plain bases do not have (peft 0.21). The dict
-    is the model's own: BaseTuner writes new adapters into it.
+    PEFT and transformers store them in this attribute of the base, which a base without adapters lacks (peft 0.21).
+    This is the model's own dict, to which BaseTuner adds new adapters.
     """
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     return configs
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The Hub commit that a revision stands for; `None` for folders.
+    """Return the Hub commit of a revision; `None` for folders.
 
-    Read from where the config is in the Hub cache: configs do not record their commit any more (transformers 5.23).
+    Takes it from the config's path in the Hub cache, since configs no longer store their commit (transformers 5.23).
     """
     if Path(name).is_dir():
         return None
@@ -37,18 +37,18 @@ def commit_of(name: str, revision: str | None) -> str | None:
 
 
 def is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer has special tokens alone.
+    """Return whether a tokenizer has only special tokens.
 
-    For some architectures (Qwen2, GPT-2) transformers 5 makes one where the folder holds no tokenizer at all.
+    For some architectures (Qwen2, GPT-2), transformers 5 creates one if a folder has no tokenizer files.
     """
     return len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens)
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """All that decides which ids a tokenizer makes of a text, and the other way round."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # not where a tokenizer is all Python
+    """Return everything that determines how a tokenizer encodes and decodes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # pure Python tokenizers have none
     if backend is None:
         words = [sorted(vocabulary.items()) for vocabulary in (tokenizer.get_vocab(), tokenizer.get_added_vocab())]
         return json.dumps([type(tokenizer).__name__, *words]).encode()
-    # Truncation and padding, which are the last call's, stand before it (tokenizers 0.23); a parser takes a second.
+    # Drops truncation and padding of the last call, which come first (tokenizers 0.23). Parsing would take a second.
     return str(backend.to_str()).rpartition('"added_tokens":[')[2].encode()

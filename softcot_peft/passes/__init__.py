@@ -1,1 +1,1 @@
-"""Passes: what happens in one forward of the base, by kind. The hooks choose a kind; `generate` wraps the base's."""
+"""Kinds of passes: what happens in one forward of the base. The hooks choose one; `generate` wraps the base's."""

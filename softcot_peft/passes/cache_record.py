@@ -1,4 +1,4 @@
-"""What a cache remembers of the thoughts in it, and how much it has room for."""
+"""Records the thoughts in a KV cache, and checks that caches and positions have room for them."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from ..compat.models import position_limit
 from ..rows.arguments import is_padding_mask, tokens
 from ..rows.placement import Placement, trailing
 
-_RECORD = "softcot_record"  # attribute of a cache
+_RECORD = "softcot_record"  # the attribute of a cache that holds its record
 
 
 @dataclass(frozen=True)
 class Record:
-    """The thoughts in a cache, as far as it is the same whichever rows are picked from it."""
+    """The thoughts in a cache, without anything that depends on the selected rows."""
 
-    placement: Placement  # where they stand, without what differs by row
-    adapter: str  # name of the adapter that made them
-    length: int  # the caller's columns of the prompts
-    end: int  # how long the cache is at least while it holds all thoughts
+    placement: Placement  # the thought positions, without per-row values
+    adapter: str  # name of the adapter that produced them
+    length: int  # number of the caller's columns in the prompts
+    end: int  # minimum cache length at which it holds all thoughts
 
 
 def remember(cache: Any, placement: Placement, adapter: str, length: int) -> None:
-    """Note on a cache that has just been filled where the thoughts stand in it."""
+    """Record the thought positions on a cache that has just been filled."""
     end = min(cache_length(cache), placement.latest + placement.num_thoughts)
     any_row = replace(placement, start=torch.empty(0, dtype=torch.long), attention_mask=None)
     setattr(cache, _RECORD, Record(any_row, adapter, length, end))
 
 
 def forget(cache: Any) -> None:
-    """Drop the note of a cache that has been emptied."""
+    """Delete the record of a cache that has been emptied."""
     getattr(cache, "__dict__", {}).pop(_RECORD, None)
 
 
 def recall(cache: Any, adapter: str | None, inputs: dict[str, Any]) -> Placement | None:
-    """Where the thoughts stand in a cache, for the rows of the pass that goes on from it.
+    """Return the thought positions in a cache, for the rows of the pass that continues from it.
 
-    Rows may have been picked from the cache, and repeated, since it was filled. What differs by row follows from the
-    mask of this pass, whose rows the caller picks as well.
+    Rows of the cache may have been selected or repeated since it was filled. Per-row values are therefore derived from
+    the mask of this pass, whose rows match those of the cache.
     """
     record: Record | None = getattr(cache, _RECORD, None)
     if record is None and adapter is None:
         return None
     if record is None:
         raise ValueError(
-            f"`{CACHE_NAME}` must come from a call of the model with thoughts, but was filled without, or by "
-            "`generate`. Start from an empty cache, with the whole prompt in `input_ids`, or disable the adapter."
+            f"`{CACHE_NAME}` must come from a call of the model with thoughts, but was filled without them, or "
+            "by `generate`. Start from an empty cache, with the whole prompt in `input_ids`, or disable the adapter."
         )
     if adapter is None and cache_length(cache) == 0:
         forget(cache)
@@ -71,7 +71,7 @@ def recall(cache: Any, adapter: str | None, inputs: dict[str, Any]) -> Placement
 
 
 def _starts(record: Record, inputs: dict[str, Any], cache: Any) -> Tensor:
-    """Column of each row's first thought, `(B,)`."""
+    """Return the column of each row's first thought, `(B,)`."""
     reference, mask, placement = tokens(inputs), inputs.get("attention_mask"), record.placement
     by_row = placement.inserted and placement.column is None
     needed = placement.padded and counts_tokens(cache)
@@ -81,12 +81,12 @@ def _starts(record: Record, inputs: dict[str, Any], cache: Any) -> Tensor:
             f"`attention_mask` must be the padding mask of all tokens so far, (batch, {record.length} and more), got "
             f"{found}. After `{CACHE_NAME}`, pass the prompts' mask, followed by a 1 for every token since."
         )
-    if by_row and placement.reach > 0:
+    if by_row and placement.max_span > 0:
         raise ValueError(
             f"`{CACHE_NAME}` must come from prompts without labels, but was filled with labels that start in another "
             "column in every row, and caches do not know their rows. Leave out `labels`, or run the rows one by one."
         )
-    if by_row and mask is not None:  # behind the last attended token of the prompt
+    if by_row and mask is not None:  # after the last attended token of the prompt
         return record.length - trailing(mask[:, : record.length])
     return torch.full((len(reference),), placement.latest, device=reference.device)
 
@@ -94,25 +94,25 @@ def _starts(record: Record, inputs: dict[str, Any], cache: Any) -> Tensor:
 def check_room(
     model: PreTrainedModel, cache: Any, inputs: dict[str, Any], columns: int, added: int = 0, new: int = 1
 ) -> None:
-    """Refuse a pass that has no room for its thoughts, or for the tokens that are to follow them.
+    """Reject a pass without room for its thoughts or for the tokens that follow them.
 
-    Whoever asks for more new tokens than the base has room for counts on answers that end early, and is refused when
-    one does not.
+    If `new` tokens do not fit even without thoughts, the caller expects sequences to end early: the check then covers
+    the thoughts alone, and a sequence that does not end in time is rejected when it runs out of room.
 
     Args:
         model: The base.
         cache: The cache of the pass, if any.
-        inputs: The forward's arguments.
-        columns: How many columns the base has read after it.
-        added: Thoughts that are still to be added.
-        new: Tokens that are to be written at most.
+        inputs: Arguments of the forward.
+        columns: Number of columns that the base has processed after the pass.
+        added: Number of thoughts still to be inserted.
+        new: Maximum number of tokens to generate.
 
     Raises:
-        ValueError: They do not fit into the base's positions, or into a cache of fixed size.
+        ValueError: The tokens and thoughts exceed the base's positions or a cache of fixed size.
     """
     limit, size = position_limit(model.config), fixed_length(cache, model.config)
     reached, positions, mask = columns, inputs.get("position_ids"), inputs.get("attention_mask")
-    if limit is not None and columns + added + new - 1 > limit:  # padding may have no positions
+    if limit is not None and columns + added + new - 1 > limit:  # padding may take no positions
         if isinstance(positions, Tensor):
             reached = int(positions.max()) + 1
         elif isinstance(mask, Tensor) and mask.shape == tokens(inputs).shape[:2]:

@@ -1,4 +1,4 @@
-"""The pass over tokens after a cache that holds the thoughts."""
+"""The decoding pass: tokens after a KV cache that holds the thoughts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .interface import Pass
 
 
 class Decoding(Pass):
-    """Shifts mask and positions of the next tokens by the thoughts in the cache.
+    """Shifts the mask and positions of the next tokens by the number of thoughts in the cache.
 
     Args:
-        host: The base that runs.
-        source: The active adapter's.
-        placement: Where the thoughts stand, by row; `None`: as the cache remembers it.
+        host: The host of the base.
+        source: The active adapter's thought source.
+        placement: The thought positions of each row; `None`: as recorded on the cache.
     """
 
     def __init__(self, host: Host, source: ThoughtSource, placement: Placement | None = None) -> None:
@@ -30,18 +30,18 @@ class Decoding(Pass):
         self.placement = placement
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Shift mask and positions."""
+        """Shift the mask and positions."""
         host, cache = self.host, find_cache(inputs)
         if self.placement is None:
             self.placement = recall(cache, host.layer.active_name(), inputs)
             self._reject_late_run(inputs)
-        assert self.placement is not None  # noqa: S101  # `recall` raises where an adapter is active and it knows none
+        assert self.placement is not None  # noqa: S101  # with an active adapter, `recall` returns one or raises
         pop_own(inputs)
         shift_positions(inputs, self.placement, cache, host.takes_positions)
         check_room(host.model, cache, inputs, cache_length(cache) + tokens(inputs).shape[1])
 
     def finish(self, output: Any) -> Any:
-        """Take the thought positions out of the keys of attentions."""
+        """Remove the thought positions from the keys of attentions."""
         placement = self.placement
         if placement is None or not placement.inserted:
             return output
@@ -53,15 +53,15 @@ class Decoding(Pass):
         return output
 
     def _reject_late_run(self, inputs: dict[str, Any]) -> None:
-        """Reject a run of thought tokens after a cache: the source would have to read the prompt before it."""
+        """Reject a run of thought tokens after a cache, because the source cannot read the prompt in the cache."""
         ids, mask, token_id = inputs.get("input_ids"), inputs.get("attention_mask"), self.source.thought_token_id
-        if token_id is None or ids is None or ids.shape[1] == 1:  # single ones are padding of finished rows
+        if token_id is None or ids is None or ids.shape[1] == 1:  # a single one pads a finished row
             return
-        found = ids == token_id
+        is_thought = ids == token_id
         if isinstance(mask, Tensor) and is_padding_mask(mask):
-            found = found & (mask[:, -ids.shape[1] :] != 0)
-        if found.any():
+            is_thought = is_thought & (mask[:, -ids.shape[1] :] != 0)
+        if is_thought.any():
             raise ValueError(
                 f"`{CACHE_NAME}` must not stand before a run of `thought_token`: the assistant reads the whole "
-                "prompt, which is not known any more. Pass the whole conversation in `input_ids`, without a cache."
+                "prompt, which a cache does not hold. Pass the whole conversation in `input_ids`, without a cache."
             )

@@ -1,7 +1,7 @@
-"""Wraps the base's `generate`: the source reads each prompt once, and everything else is in the caller's tokens.
+"""Wraps the base's `generate`: the source reads each prompt once, and `generate` sees only the caller's tokens.
 
-`generate` never meets a thought position: the hooks translate its forward passes one by one, so penalties, bans, stop
-strings, streamers, lengths, scores and drafts see what they see without an adapter.
+The hooks translate each forward pass, so thought positions never reach `generate`. Penalties, banned tokens, stop
+strings, streamers, lengths, scores and draft models see the same as without an adapter.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..sources import ThoughtSource
 from .cache_record import check_room, forget
 from .generation import GENERATION, Generation, distinct_rows, running_generation
 from .host import Host
-from .options import check_options, infer_mask, most_new
+from .options import check_options, infer_mask, max_new
 
 
 def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The base's `generate`, with the active adapter's thoughts.
+    """Run the base's `generate` with the active adapter's thoughts.
 
-    Right-padded prompts are aligned to the left first, since new tokens continue the last column; the result shows the
+    Right-padded prompts become left-padded, because new tokens follow the last column. The result still contains the
     caller's prompts as they were.
 
     Raises:
-        ValueError: The prompts cannot carry thoughts, or an option would run the base without them.
+        ValueError: The prompts cannot be combined with thoughts, or an option would run the base without them.
     """
     own = pop_own(kwargs)
     source = host.layer.active_source()
@@ -41,7 +41,7 @@ def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any
     inputs = {**bound.pop("kwargs", {}), **bound}
     if inputs.get("inputs") is not None and inputs.get("input_ids") is None:
         inputs["input_ids"] = inputs.pop("inputs")
-    for name in ("labels", "shift_labels"):  # trainers that evaluate with `generate` pass them
+    for name in ("labels", "shift_labels"):  # passed by trainers that evaluate with `generate`
         inputs.pop(name, None)
     check_options(inputs, host.model)
     check_arguments(inputs, own)
@@ -54,32 +54,32 @@ def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any
         result = original(**inputs)
     finally:
         GENERATION.reset(token)
-    if prompt is not None and inputs["input_ids"] is not prompt:  # it was aligned
+    if prompt is not None and inputs["input_ids"] is not prompt:  # the prompts were aligned
         sequences = result if isinstance(result, Tensor) else result.sequences
         sequences[:, :length] = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
     return result
 
 
 def _start(host: Host, inputs: dict[str, Any], source: ThoughtSource, own: dict[str, Tensor | None]) -> Generation:
-    """Place the thoughts, have the prompts read, and align right-padded ones to the left, within the dict."""
+    """Locate the thoughts, run the source on the prompts, and make right-padded prompts left-padded, in place."""
     placement, model = host.locate(inputs, source), host.model
     mask, cache = inputs["attention_mask"], find_cache(inputs)
-    new = most_new(inputs, model, mask.shape[1])
+    new = max_new(inputs, model, mask.shape[1])
     check_room(model, cache, inputs, mask.shape[1], placement.num_inserted, new)
-    forget(cache)  # it is empty, but may have been used before
+    forget(cache)  # empty, but it may have been used before
     first, prompt = distinct_rows(model, inputs, own, mask)
     ids = inputs.get("input_ids")
-    few = placement if len(first) == len(prompt) else placement.select(first)
-    states = host.read(ids if ids is None else ids[first], few, source, own)
+    distinct = placement if len(first) == len(prompt) else placement.select(first)
+    states = host.read(ids if ids is None else ids[first], distinct, source, own)
     if placement.padded and (mask[:, -1] == 0).any():
         placement = _align(inputs, placement, mask)
     return Generation(model, placement, states, mask.shape[1], first, prompt)
 
 
 def _align(inputs: dict[str, Any], placement: Placement, mask: Tensor) -> Placement:
-    """Align right-padded prompts to the left; returns where their thoughts stand then."""
+    """Make right-padded prompts left-padded; returns their new placement."""
     for name, value in inputs.items():
-        if name == "position_ids" and isinstance(value, Tensor):  # may have more axes before, and one row for all
+        if name == "position_ids" and isinstance(value, Tensor):  # may have leading axes, and one row for all
             by_row = value.expand(*value.shape[:-2], *mask.shape).movedim((-2, -1), (0, 1))
             inputs[name] = align_left(by_row, mask).movedim((0, 1), (-2, -1))
         elif name != "attention_mask" and isinstance(value, Tensor) and value.shape[:2] == mask.shape:
@@ -91,10 +91,10 @@ def _align(inputs: dict[str, Any], placement: Placement, mask: Tensor) -> Placem
 
 
 def prepare_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Make room for the thoughts in caches of a fixed size.
+    """Add room for the thoughts to static caches.
 
-    `_prepare_cache_for_generation` is private in transformers, and the only place where such a cache gets its length
-    from the caller's `max_length` (5.23).
+    `_prepare_cache_for_generation` is private in transformers, but the only method that derives the length of such a
+    cache from the caller's `max_length` (5.23).
     """
     bound = inspect.signature(original).bind(*args, **kwargs)
     generation = running_generation(getattr(original, "__self__", None))

@@ -1,7 +1,7 @@
-"""The loss of a causal LM in pieces, so that the logits of all tokens are never there at once.
+"""Computes the loss of a causal LM in chunks, so that the logits of all tokens are never in memory at once.
 
-The head is frozen, so the gradient of the hidden states is all that a loss is needed for, and it is known as soon as
-the loss is: the logits of a piece are gone before those of the next are made.
+The head is frozen, so the backward pass only needs the gradient of the hidden states. It is computed together with the
+loss: the logits of a chunk are freed before those of the next chunk are computed.
 """
 
 from __future__ import annotations
@@ -13,64 +13,64 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Logits at once. On a CPU they stay in its cache and in memory that the process has; accelerators want large products.
+# Logits per chunk. On a CPU, small chunks fit its caches and reuse memory; accelerators need large matrix products.
 _LOGITS_ON_CPU, _LOGITS = 2**23, 2**26
 
 Head = Callable[[Tensor], Tensor]
 
 
 def cross_entropy(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    """Sum of `-log softmax(head(hidden))[target]` over tokens, in float32.
+    """Sum `-log softmax(head(hidden))[target]` over tokens, in float32.
 
     Args:
-        head: From `(1, T, H)` to logits `(1, T, V)`; nothing in it is trained.
+        head: Maps `(1, T, H)` to logits `(1, T, V)`; has no trained parameters.
         hidden: `(T, H)`.
         targets: Ids, `(T,)` int64.
-        vocabulary: V, as far as it is known beforehand; it decides how large the pieces are.
+        vocabulary: V or an estimate of it; determines the chunk size.
 
     Returns:
-        A scalar, float32; differentiable once, with respect to `hidden`.
+        A float32 scalar, differentiable once with respect to `hidden`.
     """
-    most = _LOGITS_ON_CPU if hidden.device.type == "cpu" else _LOGITS
-    wanted = hidden.requires_grad and torch.is_grad_enabled()
-    total: Tensor = _InPieces.apply(hidden, targets, head, max(1, most // vocabulary), wanted)
+    max_logits = _LOGITS_ON_CPU if hidden.device.type == "cpu" else _LOGITS
+    needs_grad = hidden.requires_grad and torch.is_grad_enabled()
+    total: Tensor = _ChunkedLoss.apply(hidden, targets, head, max(1, max_logits // vocabulary), needs_grad)
     return total
 
 
-class _InPieces(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int, wanted: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int, needs_grad: bool) -> Tensor:
         total, gradients = hidden.new_zeros((), dtype=torch.float32), []
-        for piece, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
-            with torch.set_grad_enabled(wanted):
-                piece = piece.detach()[None].requires_grad_(wanted)
-                logits = head(piece)  # (1, T', V)
+        for chunk, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
+            with torch.set_grad_enabled(needs_grad):
+                chunk = chunk.detach()[None].requires_grad_(needs_grad)
+                logits = head(chunk)  # (1, T', V)
             ids = ids[None, :, None].to(logits.device)
-            logs = logits.detach().float().log_softmax(-1)
-            total -= logs.gather(-1, ids).sum().to(total.device)
-            if wanted:
-                slopes = logs.exp_().scatter_add_(-1, ids, torch.full_like(ids, -1, dtype=logs.dtype))
-                gradients += torch.autograd.grad(logits, piece, slopes.to(logits))
-        if wanted:
+            log_probs = logits.detach().float().log_softmax(-1)
+            total -= log_probs.gather(-1, ids).sum().to(total.device)
+            if needs_grad:
+                grad_logits = log_probs.exp_().scatter_add_(-1, ids, torch.full_like(ids, -1, dtype=log_probs.dtype))
+                gradients += torch.autograd.grad(logits, chunk, grad_logits.to(logits))
+        if needs_grad:
             ctx.save_for_backward(torch.cat([gradient[0] for gradient in gradients]) if gradients else hidden)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * slope.to(gradient), None, None, None, None
+        return gradient * grad_output.to(gradient), None, None, None, None
 
 
 class HeadLoss:
-    """Stands in for the head of a base in one training step: takes hidden states, and has the loss.
+    """Replaces the head of a base in one training step: computes the loss directly from the hidden states.
 
     Args:
-        head: The base's own.
-        predicts: Which of the hidden states, as `(B * W, H)`, predict a label, `(T,)` int64.
-        targets: These labels, `(T,)`.
-        num_items: What the sum is divided by, as `Trainer` counts the labels of an accumulated batch; `None`: T.
-        vocabulary: V, as far as it is known beforehand.
+        head: The base's head.
+        predicts: Indices into the hidden states `(B * W, H)` that predict a label, `(T,)` int64.
+        targets: Those labels, `(T,)`.
+        num_items: Divisor of the summed loss, such as `Trainer`'s number of labels in an accumulated batch; `None`: T.
+        vocabulary: V or an estimate of it.
     """
 
     def __init__(
@@ -84,13 +84,16 @@ class HeadLoss:
         self._called = False
         self._loss: Tensor | None = None
 
-    def stand_in(self, hidden: Tensor) -> Tensor:
-        """Compute the loss in the place of the head, which is left nothing to do.
+    def replace_head(self, hidden: Tensor) -> Tensor:
+        """Compute the loss in place of the head.
 
-        Takes what the head is called with, `(B, W, H)`; returns what it is to read: `(B, 0, H)` the first time, later
-        what it is given.
+        Args:
+            hidden: The input of the head, `(B, W, H)`.
+
+        Returns:
+            The new input of the head: no tokens, `(B, 0, H)`, in the first call; `hidden` in later calls.
         """
-        if self._called:  # also by the loss itself, piece by piece
+        if self._called:  # the loss itself calls the head for each chunk
             return hidden
         self._called, device = True, hidden.device
         picked = hidden.flatten(0, 1).index_select(0, self._predicts.to(device))  # (T, H)
@@ -101,7 +104,7 @@ class HeadLoss:
 
     @property
     def loss(self) -> Tensor:
-        """As transformers' `ForCausalLMLoss` computes it, a scalar.
+        """The loss as computed by transformers' `ForCausalLMLoss`, a scalar.
 
         Raises:
             RuntimeError: The base has not called its head.

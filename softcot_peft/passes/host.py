@@ -1,4 +1,4 @@
-"""`Host`: a base LM with its wrapped embedding. Locates the thought positions and runs the source."""
+"""`Host`: a base LM with its wrapped embedding, which locates the thought positions and runs the source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..sources import Prompts, ThoughtSource
 
 
 class Reading:
-    """What runs while a source reads: an assistant may be the very base that the thoughts are for."""
+    """The running pass while a source reads. The assistant may be the base itself, so nothing is written."""
 
     writing: Writing | None = None
 
@@ -46,28 +46,28 @@ class Host:
         self.layer = layer
         self.names = argument_names(model)
         self.takes_positions = takes_positions(model)
-        self.handles: list[RemovableHandle] = []  # of hooks that passes register
+        self.handles: list[RemovableHandle] = []  # handles of the registered hooks
         self._warned: set[str] = set()
 
     def locate(self, inputs: dict[str, Any], source: ThoughtSource, num_thoughts: int | None = None) -> Placement:
         """Locate the thought positions of a batch.
 
         Args:
-            inputs: The forward's arguments, unpadded or padded on either side.
-            source: The active adapter's.
-            num_thoughts: N where prompts hold no run of thought tokens; `None`: the config's number for texts that are
-                scored, which have labels, or its other one for texts that are to be continued.
+            inputs: Arguments of the forward, padded on either side or not at all.
+            source: The active adapter's thought source.
+            num_thoughts: N for prompts without a run of thought tokens. `None`: the config's `num_thought_tokens` for
+                batches with labels, else its `inference_num_thought_tokens`.
 
         Raises:
-            ValueError: The batch cannot carry thoughts.
+            ValueError: The batch cannot be combined with thoughts.
         """
         config = source.config
         reference, mask, labels = tokens(inputs), inputs.get("attention_mask"), inputs.get("labels")
         if labels is None and inputs.get("shift_labels") is not None:
             labels = unshift(inputs["shift_labels"])
-        # Not by `model.training`: a text's log-probabilities are the same in training and evaluation.
-        written = None if labels is not None else config.inference_num_thought_tokens
-        num = num_thoughts or written or config.num_thought_tokens
+        # Independent of `model.training`, so that log-probabilities are the same in training and evaluation.
+        for_inference = None if labels is not None else config.inference_num_thought_tokens
+        num = num_thoughts or for_inference or config.num_thought_tokens
         if inputs.get("input_ids") is None and mask is None:
             mask = torch.ones(reference.shape[:2], dtype=torch.long, device=reference.device)
         width = self.layer.base_hidden_size
@@ -92,29 +92,29 @@ class Host:
         own: Mapping[str, Tensor | None] = MappingProxyType({}),
         afresh: bool = False,
     ) -> Tensor:
-        """Have the source read the prompts of a batch, once.
+        """Run the source on the prompts of a batch, once.
 
         Args:
-            input_ids: The caller's ids `(B, L)`; not looked at with `own` input.
-            placement: Where the thoughts stand; the source sees nothing beyond.
-            source: The active adapter's.
-            own: The caller's own input for the source: `assistant_input_ids` `(B, P)`, ending in N thought positions,
-                and `assistant_attention_mask`.
-            afresh: Whether states that were computed before are left aside.
+            input_ids: The caller's ids `(B, L)`; ignored with `own` input.
+            placement: The thought positions; the source sees only the tokens before them.
+            source: The active adapter's thought source.
+            own: The caller's input for the source: `assistant_input_ids` `(B, P)`, ending in N thought positions, and
+                `assistant_attention_mask`.
+            afresh: Whether to ignore precomputed states.
 
         Returns:
-            The states that the source projects, `(B, K, N, H_source)`, on the base's device.
+            The source's states, `(B, K, N, H_source)`, on the base's device.
 
         Raises:
-            ValueError: The caller's own input does not fit, or an adapter of another method that was attached later
-                has taken over the embedding or the name.
-            RuntimeError: The model is in training mode and the source cannot be trained where it is.
+            ValueError: The caller's input is invalid, or another method's adapter, attached later, wraps the embedding
+                or has the same name.
+            RuntimeError: The model is in training mode, but the source is offloaded and cannot be trained.
         """
-        self._check_neighbours()
+        self._check_other_adapters()
         if self.model.training:
             self.layer.check_trains()
         own_ids = own.get("assistant_input_ids")
-        # Weights that are sharded or offloaded rest elsewhere than where they are used: with the inputs.
+        # Sharded or offloaded weights are stored elsewhere than they are used, which is on the device of the inputs.
         device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
         num = placement.num_thoughts
         token = RUNNING.set(READING)
@@ -124,23 +124,23 @@ class Host:
                 return source.read_own(own_ids, own.get("assistant_attention_mask"), num, rows, device)
             if input_ids is None:
                 raise ValueError("`input_ids` must be given for the assistant to read, got none.")
-            found = Prompts(*prompts(input_ids, placement), device)
-            return source.read(found, num) if afresh else source.states(found, num)
+            batch = Prompts(*prompts(input_ids, placement), device)
+            return source.read(batch, num) if afresh else source.states(batch, num)
         finally:
             RUNNING.reset(token)
 
     def filler(self, source: ThoughtSource) -> int:
-        """An ordinary id for inserted thought positions, for models that look at ids beside the embeddings."""
+        """Return the id for inserted thought positions: an ordinary one, because some models also inspect ids."""
         return ordinary_token(self.model) if source.thought_token_id is None else source.thought_token_id
 
     def warn_once(self, message: str) -> None:
-        """Warn about something that holds for every later batch too."""
+        """Issue a warning that also applies to later batches, once."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
 
-    def _check_neighbours(self) -> None:
-        """Reject another method's adapter, attached later, that changes the thoughts or has taken the name."""
+    def _check_other_adapters(self) -> None:
+        """Reject another method's adapter, attached later, that changes the thoughts or has the same name."""
         embedding, name = self.model.get_input_embeddings(), self.layer.active_name()
         if embedding is not self.layer and isinstance(embedding, BaseTunerLayer):
             kind = type(embedding)

@@ -1,4 +1,4 @@
-"""`Pass`: one forward of a base, from the pre-hook to the forward hook, and what its kinds share."""
+"""`Pass`: one forward of the base, from the pre-hook to the forward hook; the base class of all kinds."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .host import Host
 
 
 class Pass:
-    """One forward of a base. As it is, it changes nothing: a chunk of a prompt before its thoughts.
+    """One forward of the base. This class changes nothing, as for a chunk of a prompt before its thoughts.
 
-    The hooks choose a kind. `begin` translates the forward's arguments, in place, to what the base sees; the wrapped
-    embedding writes what `writing` says; `finish` puts the outputs back in line with the caller's tokens.
+    The hooks choose the class. `begin` translates the arguments for the base, in place; the wrapped embedding
+    writes the thoughts described by `writing`; `finish` aligns the outputs with the caller's tokens.
 
     Args:
-        host: The base that runs.
-        source: The active adapter's.
+        host: The host of the base.
+        source: The active adapter's thought source.
     """
 
     def __init__(self, host: Host, source: ThoughtSource) -> None:
         self.host = host
         self.source = source
         self.writing: Writing | None = None
-        self.outer: Running | None = None  # the pass that was running before
+        self.outer: Running | None = None  # the pass that was running before this one
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Translate the forward's arguments."""
@@ -42,7 +42,7 @@ class Pass:
         return output
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        """Run the base's forward past the hooks: arguments and output are the base's own."""
+        """Run the base's `forward` without the hooks: arguments and output are those of the base."""
         token = RUNNING.set(self)
         try:
             return self.host.model.forward(**inputs)
@@ -50,10 +50,10 @@ class Pass:
             RUNNING.reset(token)
 
     def check_written(self) -> None:
-        """Reject a forward that has not looked its ids up in the wrapped embedding.
+        """Check that the wrapped embedding has written the thoughts.
 
         Raises:
-            RuntimeError: The thoughts were not written.
+            RuntimeError: The base did not look up the ids of this pass in the wrapped embedding.
         """
         if self.writing is None or self.writing.thoughts is not None:
             return
@@ -65,30 +65,30 @@ class Pass:
 
 
 class InsertingPass(Pass):
-    """A pass that has thought positions among its columns."""
+    """A pass whose columns include thought positions."""
 
-    placement: Placement | None = None  # where the thoughts stand in this pass's columns; `None` before `insert`
-    length: int  # the caller's columns
-    thoughts: Tensor | None = None  # soft thoughts that were written into embeddings of the caller
-    # The caller's columns whose logits were asked for, if both of their possible rows were computed.
-    kept: Tensor | None = None
-    last_rows: bool = False  # whether only the last rows of logits were asked for
+    placement: Placement | None = None  # in this pass's columns; `None` before `insert`
+    length: int  # number of the caller's columns
+    thoughts: Tensor | None = None  # soft thoughts written into the caller's `inputs_embeds`
+    # The caller's columns in `logits_to_keep`, if the logits of both placed columns of each are computed.
+    requested: Tensor | None = None
+    last_rows: bool = False  # whether only the logits of the last columns are requested
 
     def insert(self, inputs: dict[str, Any], placement: Placement, states: Tensor, seen: int = 0) -> None:
-        """Insert the thought positions, and say what is written there.
+        """Insert the thought positions and set `writing`.
 
         Args:
-            inputs: The forward's arguments.
-            placement: Where the thoughts stand in the rows.
-            states: What they are made of, `(B, K, N, H_source)`.
-            seen: Columns of the rows that earlier passes have read.
+            inputs: Arguments of the forward.
+            placement: The thought positions.
+            states: The source's states, `(B, K, N, H_source)`.
+            seen: Number of columns that earlier passes have processed.
         """
         host = self.host
         batch, self.length = tokens(inputs).shape[:2]
         if inputs.get("inputs_embeds") is not None:
             self.thoughts = host.layer.soft_thoughts(states)
         written = None if self.thoughts is None else self.thoughts.flatten(0, 1)
-        self.kept, self.last_rows = insert_thoughts(inputs, placement, written, host.filler(self.source), seen)
+        self.requested, self.last_rows = insert_thoughts(inputs, placement, written, host.filler(self.source), seen)
         width = self.length + placement.num_inserted
         check_room(host.model, find_cache(inputs), inputs, seen + width)
         self.placement = placement.after(seen)
@@ -96,16 +96,16 @@ class InsertingPass(Pass):
             self.writing = Writing(host.layer, states, self.placement.start, torch.Size((batch, width)))
 
     def insert_whole(self, inputs: dict[str, Any], placement: Placement, states: Tensor) -> None:
-        """As `insert`, into whole rows: the base is told the positions of padded ones."""
+        """Insert into whole rows, and pass position ids if they are padded."""
         if placement.padded and self.host.takes_positions and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(inputs["attention_mask"])
         self.insert(inputs, placement, states)
 
     def finish(self, output: Any) -> Any:
-        """Take the thought positions out of the output."""
+        """Remove the thought positions from the output."""
         self.check_written()
         placement = self.placement
         if placement is None or not placement.inserted:
             return output
         start, num, column = placement.start, placement.num_thoughts, placement.column
-        return restore(output, start, num, self.length, self.kept, self.last_rows, column)
+        return restore(output, start, num, self.length, self.requested, self.last_rows, column)

@@ -1,4 +1,4 @@
-"""The passes of `generate` over prompts: all at once, in chunks, or again and again without a cache."""
+"""The prefill pass of `generate`: whole prompts, chunks of prompts, or all tokens in each step without a cache."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .interface import InsertingPass
 
 
 class Prefill(InsertingPass):
-    """Inserts the thoughts that `generate` has had read. Rows that repeat a prompt share one row where they can.
+    """Inserts the thoughts of a running `generate` call. Rows with the same prompt share one row if possible.
 
     Args:
-        host: The base that runs.
-        source: The active adapter's.
+        host: The host of the base.
+        source: The active adapter's thought source.
         generation: The running `generate` call.
     """
 
-    repeats: Tensor | None = None  # which row of this pass each row of the caller's is, `(B,)`; `None`: its own
+    repeats: Tensor | None = None  # index of each caller's row among this pass's rows, `(B,)`; `None`: not shared
 
     def __init__(self, host: Host, source: ThoughtSource, generation: Generation) -> None:
         super().__init__(host, source)
         self.generation = generation
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Insert the thoughts, unless they come in a later chunk of the prompts."""
+        """Insert the thoughts, unless a later chunk of the prompts does."""
         generation, cache = self.generation, find_cache(inputs)
         batch, length = tokens(inputs).shape[:2]
         placement = generation.placement_of(batch)
@@ -43,7 +43,7 @@ class Prefill(InsertingPass):
             )
         generation.consumed = seen + length
         if placement.inserted and not generation.prefilled:
-            return  # the thoughts come after the last chunk
+            return  # thoughts are inserted into the last chunk
         rows = generation.prompts_of(batch)
         if seen == 0 and cache_length(cache) == 0 and generation.shares(inputs, cache):
             self.insert(inputs, generation.keep_distinct(inputs), generation.states)
@@ -52,7 +52,7 @@ class Prefill(InsertingPass):
             self.insert(inputs, placement, generation.states[rows], seen)
 
     def finish(self, output: Any) -> Any:
-        """Take the thought positions out of the output, and repeat shared rows."""
+        """Remove the thought positions from the output, and repeat shared rows."""
         output = super().finish(output)
         if self.repeats is not None and self.placement is not None:
             cache = find_cache(output)

@@ -1,4 +1,4 @@
-"""The second pass of a training step: thoughts and responses, after a cache of the prompts."""
+"""The second pass of two-pass training: thoughts and responses, after a KV cache of the prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .interface import Pass
 
 @torch.no_grad()
 def run_prompts(host: Host, source: ThoughtSource, rows: DividedRows) -> Any:
-    """The first pass: the cache of the prompts, without logits if the base can be told so."""
+    """Run the first pass: return the KV cache of the prompts, without logits if the base supports it."""
     inputs = {**rows.prompt, "use_cache": True, "return_dict": True}
     if "logits_to_keep" in host.names:
         inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=rows.cut.device)
@@ -27,34 +27,34 @@ def run_prompts(host: Host, source: ThoughtSource, rows: DividedRows) -> Any:
 
 
 class ResponsePass(Pass):
-    """Runs thoughts and responses with gradient, and computes the loss in the place of the head where it may.
+    """Runs thoughts and responses with gradient, and computes the loss in place of the head if possible.
 
     Args:
-        host: The base that runs.
-        source: The active adapter's.
-        rows: The divided rows.
-        states: What the thoughts are made of, `(B, K, N, H_source)`.
+        host: The host of the base.
+        source: The active adapter's thought source.
+        rows: The split rows.
+        states: The source's states, `(B, K, N, H_source)`.
     """
 
     def __init__(self, host: Host, source: ThoughtSource, rows: DividedRows, states: Tensor) -> None:
         super().__init__(host, source)
         self.rows = rows
-        self.head_loss: HeadLoss | None = None  # computes the loss in the place of the base's head; `None`: the base
+        self.head_loss: HeadLoss | None = None  # computes the loss in place of the head; `None`: the base does
         self.writing = Writing(host.layer, states, rows.placement.start - rows.cut, rows.shape)
 
     def begin_after(self, inputs: dict[str, Any], cache: Any, replaces_head: bool) -> None:
-        """Change the step's arguments to those of this pass, without logits that nobody sees.
+        """Replace the step's arguments with those of this pass, which computes no unused logits.
 
         Args:
-            inputs: The step's arguments.
-            cache: Of the prompts.
-            replaces_head: Whether head and loss are those that the base came with, and the head is the last thing
-                that the base runs.
+            inputs: Arguments of the step.
+            cache: KV cache of the prompts.
+            replaces_head: Whether the loss may be computed in place of the head: head and loss are the base's own, and
+                nothing follows the head.
         """
         rows, host = self.rows, self.host
         labels: Tensor | None = rows.labels
         common = (*host.names, *PER_TOKEN_OUTPUTS, "return_dict", "num_items_in_batch")
-        # A head of a trainer's own in the forward (TRL's) has arguments of its own, and may not know ours.
+        # A trainer's own head in the forward (TRL's) has its own arguments and may not accept others.
         known = all(name in common for name, value in inputs.items() if value is not None)
         if replaces_head and known:
             number = inputs.pop("num_items_in_batch", None)
@@ -63,17 +63,17 @@ class ResponsePass(Pass):
             self.head_loss = HeadLoss(head, rows.predicts, rows.targets, number, vocabulary)
             labels = None
         elif rows.skipped and known and "logits_to_keep" in host.names:
-            # Columns by name: a slice of several rows is no matrix, and would be multiplied row by row.
+            # Indices, not a number: a slice of several rows is not contiguous and would be multiplied row by row.
             inputs["logits_to_keep"] = torch.arange(rows.skipped, rows.shape[1], device=rows.labels.device)
             labels = rows.labels[:, rows.skipped :].contiguous()
         inputs.pop("attention_mask", None)
         inputs.update(rows.response, labels=labels, use_cache=True, **{CACHE_NAME: cache})
 
     def finish(self, output: Any) -> Any:
-        """Put the outputs in line with the caller's tokens.
+        """Align the outputs with the caller's tokens.
 
-        There are no logits, for those of the prompts were not made. Other values of tokens before the thoughts are 0,
-        and the cache, whose columns are not the caller's, is left out.
+        The output has no logits, because those of the prompts are not computed. Other values of tokens before the
+        thoughts are 0. The cache is omitted, because its columns differ from the caller's.
         """
         self.check_written()
         rows = self.rows
@@ -83,6 +83,6 @@ class ResponsePass(Pass):
         for name, value in fields.items():
             if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.shape[0]:
                 missing = rows.shape[1] - value.shape[1]
-                if missing in (0, 1):  # 1: compared with shifted labels already
-                    fields[name] = rows.in_line(value, rows.length - missing)
+                if missing in (0, 1):  # 1: already aligned with shifted labels
+                    fields[name] = rows.align(value, rows.length - missing)
         return type(output)(**fields)

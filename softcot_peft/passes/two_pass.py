@@ -1,7 +1,6 @@
-"""A training step in two passes: prompts without gradient into a cache, then thoughts and responses with it.
+"""Two-pass training: prompts run without gradient into a KV cache, then thoughts and responses with gradient.
 
-The base is frozen, so no gradient comes from what stands before the thoughts: neither activations nor logits are
-needed there.
+The base is frozen, so nothing before the thoughts has a gradient, and neither activations nor logits are needed there.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from .whole import WholeRows
 
 
 class TwoPassTraining(WholeRows):
-    """Divides a training step where the base allows it, and runs whole rows where it does not.
+    """Runs a training step in two passes if the base allows it, else on whole rows.
 
     Args:
-        host: The base that runs.
-        source: The active adapter's.
-        trial: Knows whether the base allows it.
+        host: The host of the base.
+        source: The active adapter's thought source.
+        trial: Determines whether the base allows it.
     """
 
     def __init__(self, host: Host, source: ThoughtSource, trial: TwoPassTrial) -> None:
         super().__init__(host, source)
         self.trial = trial
-        self.response: ResponsePass | None = None  # the second pass; `None` for whole rows
+        self.response: ResponsePass | None = None  # the second pass; `None`: whole rows
 
     @property
     def head_loss(self) -> HeadLoss | None:
-        """What computes the loss in the place of the base's head; `None`: the base."""
+        """The loss computed in place of the base's head; `None`: the base computes it."""
         return None if self.response is None else self.response.head_loss
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Run the prompts, and change the arguments to those of the second pass."""
+        """Run the first pass, and replace the arguments with those of the second pass."""
         placement, states = self.read(inputs)
         if not self.trial.allows(inputs, placement, states, self.source):
             self.insert_whole(inputs, placement, states)
@@ -50,7 +49,7 @@ class TwoPassTraining(WholeRows):
         self.writing = self.response.writing
 
     def finish(self, output: Any) -> Any:
-        """Put the outputs in line with the caller's tokens."""
+        """Align the outputs with the caller's tokens."""
         if self.response is None:
             return super().finish(output)
         return self.add_auxiliary_loss(self.response.finish(output))

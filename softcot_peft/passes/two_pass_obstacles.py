@@ -1,4 +1,4 @@
-"""Why a training step cannot be made in two passes, as far as the base, the batch and the arguments say so."""
+"""Known reasons why a training step cannot run in two passes: the base, the batch or the arguments."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..rows.arguments import PER_TOKEN_OUTPUTS
 from ..rows.placement import Placement
 from .host import Host
 
-TRIED = ("input_ids", "attention_mask", "labels")  # the arguments that can be divided between the passes
+SPLIT_ARGUMENTS = ("input_ids", "attention_mask", "labels")  # the arguments that can be split between the passes
 CHECKPOINTING = (
     "Gradient checkpointing turns two-pass training off: it keeps no cache, and a step takes about twice the time. "
-    "Two passes keep no activations of prompts, so checkpointing is seldom needed. Pass "
+    "Two passes store no activations of prompts, so checkpointing is rarely needed. Pass "
     "`gradient_checkpointing=False` (TRL's trainers turn it on by default), or `two_pass_training=False` in the "
-    "adapter's config to choose one pass."
+    "adapter's config to use one pass."
 )
 
 
 def obstacle(host: Host, inputs: dict[str, Any], placement: Placement) -> str | None:
-    """Why a step runs in one pass; `None` if nothing is known against two."""
+    """Return why a step must run in one pass; `None` if no reason is known."""
     return _of_base(host) or _of_batch(host, inputs, placement) or _of_arguments(host, inputs)
 
 
@@ -44,7 +44,7 @@ def _of_base(host: Host) -> str | None:
 
 
 def _of_batch(host: Host, inputs: dict[str, Any], placement: Placement) -> str | None:
-    if placement.latest < placement.num_thoughts:  # masks after a cache are tables of rest by all columns
+    if placement.latest < placement.num_thoughts:  # masks after a cache have the shape (rest, all columns)
         return "prompts are shorter than the thoughts"
     if inputs.get("input_ids") is None:
         return "`inputs_embeds` are given"
@@ -56,14 +56,14 @@ def _of_batch(host: Host, inputs: dict[str, Any], placement: Placement) -> str |
 
 def _of_arguments(host: Host, inputs: dict[str, Any]) -> str | None:
     for name, value in inputs.items():
-        if name not in TRIED and isinstance(value, Tensor) and value.dim() > 1:
+        if name not in SPLIT_ARGUMENTS and isinstance(value, Tensor) and value.dim() > 1:
             return f"`{name}` is given"
     keep = inputs.get("logits_to_keep")  # a number or a tensor of columns
     if isinstance(keep, Tensor) or keep or inputs.get("use_cache"):
         return "`logits_to_keep` or `use_cache` is given"
     config = host.model.config.get_text_config(decoder=True)
-    for name, wanted in {**dict.fromkeys(PER_TOKEN_OUTPUTS, False), "return_dict": True}.items():
+    for name, required in {**dict.fromkeys(PER_TOKEN_OUTPUTS, False), "return_dict": True}.items():
         given = inputs.get(name)
-        if bool(getattr(config, name, wanted) if given is None else given) is not wanted:
-            return f"`{name}` is {not wanted}"
+        if bool(getattr(config, name, required) if given is None else given) is not required:
+            return f"`{name}` is {not required}"
     return None

@@ -1,4 +1,4 @@
-"""Whether a base can be trained in two passes: told by its state where that says so, else found by trying once."""
+"""Determines whether a base can be trained in two passes: by known obstacles, else by a trial on the first batch."""
 
 from __future__ import annotations
 
@@ -25,111 +25,112 @@ from .head_loss import cross_entropy
 from .host import Host
 from .interface import InsertingPass, Pass
 from .response import ResponsePass, run_prompts
-from .two_pass_obstacles import CHECKPOINTING, TRIED, obstacle
+from .two_pass_obstacles import CHECKPOINTING, SPLIT_ARGUMENTS, obstacle
 
 _LOGGER = logging.getLogger(__name__)
-_ROUNDING = 1e-3  # relative; TF32 rounds as coarsely as float16
-_LOUD = 2.0**6  # exact in every dtype; logits of some hundreds are beyond every published cap
+_ROUNDING = 1e-3  # relative; TF32 has the precision of float16
+_SCALE = 2.0**6  # exact in every dtype; the logits, in the hundreds, exceed every published soft cap
 
 
 class TwoPassTrial:
-    """What was found out about two passes through one base.
+    """The results of trying two passes on one base.
 
     Args:
-        host: The base.
+        host: The host of the base.
     """
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.head = host.model.get_output_embeddings()
-        self.head_is_last: bool | None = None  # not tried yet
-        # Why two passes are not as one, if so; by whether rows of unequal prompts are cut at their own thoughts, None:
-        # equal prompts.
-        self._found: dict[bool | None, str | None] = {}
-        self._said: set[str] = set()
+        self.head_is_last: bool | None = None  # `None`: not tried yet
+        # Why two passes differ from one, or `None` if they agree; by whether rows are split at their own thoughts. The
+        # key `None` stands for prompts of equal length.
+        self._results: dict[bool | None, str | None] = {}
+        self._logged: set[str] = set()
         self._hooked = False
 
     def allows(self, inputs: dict[str, Any], placement: Placement, states: Tensor, source: ThoughtSource) -> bool:
-        """Whether a training step can be divided; if not, the reason is logged once."""
-        reason = obstacle(self.host, inputs, placement) or self._tried(inputs, placement, states, source)
-        if reason is not None and reason not in self._said:
-            self._said.add(reason)
-            if reason == CHECKPOINTING:  # its cost is a user's to weigh
+        """Return whether a training step can run in two passes; if not, log the reason once."""
+        reason = obstacle(self.host, inputs, placement) or self._try_two_passes(inputs, placement, states, source)
+        if reason is not None and reason not in self._logged:
+            self._logged.add(reason)
+            if reason == CHECKPOINTING:  # users can avoid it
                 warnings.warn(CHECKPOINTING, stacklevel=2)
             else:
                 _LOGGER.info("Training steps of %s run in one pass: %s.", type(self.host.model).__name__, reason)
         return reason is None
 
     def replaces_head(self) -> bool:
-        """Whether a step may compute the loss in the place of the base's head; hooks the head the first time.
+        """Return whether a step may compute the loss in place of the base's head; hooks the head the first time.
 
-        Head and loss have to be those that the base came with: a trainer may have put others in their place.
+        Head and loss must be the base's own, because trainers may replace them.
         """
         model = self.host.model
         own = model.get_output_embeddings() is self.head
         usual = own and getattr(model, "loss_function", None) is ForCausalLMLoss
         if not (self.head_is_last and usual):
             return False
-        if not self._hooked:  # compilers cut their graphs at hooks: none before
+        if not self._hooked:  # only now, because hooks break the graphs of compilers
             self.host.handles.append(self.head.register_forward_pre_hook(self.before_head))
             self._hooked = True
         return True
 
     @uncompiled
     def before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Have the loss of a training step computed in the place of the head."""
+        """Compute the loss of a training step in place of the head."""
         running = RUNNING.get()
         own = isinstance(running, Pass) and running.host is self.host
         loss = getattr(running, "head_loss", None) if own else None
-        return None if loss is None else (loss.stand_in(args[0]), *args[1:])
+        return None if loss is None else (loss.replace_head(args[0]), *args[1:])
 
-    def _tried(
+    def _try_two_passes(
         self, inputs: dict[str, Any], placement: Placement, states: Tensor, source: ThoughtSource
     ) -> str | None:
-        """Why two passes are not as one, found by trying; `None` where they are.
+        """Compare two passes with one; returns why they differ, `None` if they agree.
 
-        Attention with a cache reads a row in pieces as it reads it whole. A model that goes on from a recurrent state
-        with one token at a time, or counts positions by column, does not, and nothing in a config tells. So it is
-        tried once, on the rows with the shortest and the longest prompt, and once more for each way of dividing
-        prompts that differ in length. In half precision, rounding would hide differences: the trial computes in
-        float32.
+        With a cache, attention computes the same for parts of a row as for the whole row. Models that continue a
+        recurrent state one token at a time, or count positions by column, do not, and no config tells. The trial runs
+        the rows with the shortest and the longest prompt, once for each way of splitting prompts of different lengths.
+        It runs in float32, because rounding in half precision would hide differences.
         """
-        way = None
+        own_splits = None
         if placement.padded or placement.column is None:
-            way = cuts_by_row(placement, inputs["input_ids"].shape[1])
-        if way in self._found:
-            return self._found[way]
+            own_splits = cuts_by_row(placement, inputs["input_ids"].shape[1])
+        if own_splits in self._results:
+            return self._results[own_splits]
         pick = torch.stack([placement.start.argmin(), placement.start.argmax()])
-        few = {name: inputs[name][pick] for name in TRIED if inputs.get(name) is not None}
-        if (few["labels"][:, 1:] == IGNORED).all():
+        batch = {name: inputs[name][pick] for name in SPLIT_ARGUMENTS if inputs.get(name) is not None}
+        if (batch["labels"][:, 1:] == IGNORED).all():
             return "the rows that would be tried have no labels"
         try:
             with torch.no_grad(), evaluating(self.host.model):
                 if self.head_is_last is None:
-                    self.head_is_last = self._try_head(few["input_ids"], source)
+                    self.head_is_last = self._try_head(batch["input_ids"], source)
                 with in_float32(self.host.model):
-                    agrees = self._agree(few, placement.select(pick), states[pick], source)
-            self._found[way] = None if agrees else "its logits after a cached prompt are not those of whole rows"
-        except Exception as error:  # models fail in their own ways where they were never run so
-            if should_reduce_batch_size(error):  # out of memory, which says nothing about the model
+                    agrees = self._agree(batch, placement.select(pick), states[pick], source)
+            self._results[own_splits] = (
+                None if agrees else "its logits after a cached prompt are not those of whole rows"
+            )
+        except Exception as error:  # models not written for this may fail in any way
+            if should_reduce_batch_size(error):  # out of memory: no result for the model
                 return f"memory ran out when two passes were tried ({error})"
-            self._found[way] = f"it cannot go on from a cached prompt ({error})"
-        return self._found[way]
+            self._results[own_splits] = f"it cannot continue from a cached prompt ({error})"
+        return self._results[own_splits]
 
     def _try_head(self, ids: Tensor, source: ThoughtSource) -> bool:
-        """Whether the head is the last thing that the base runs, so that its logits are the model's to the bit.
+        """Return whether the head's output is the base's logits, bit for bit: nothing follows the head.
 
-        What the head reads is made larger, so that a cap on the logits that a small number passes unchanged is seen.
+        The input of the head is scaled up, because small logits may pass a soft cap unchanged.
         """
         seen: list[Tensor] = []
 
-        def enlarge(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def scale_up(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not args:
                 return None
-            seen.append(args[0] * _LOUD)
+            seen.append(args[0] * _SCALE)
             return (seen[-1], *args[1:])
 
-        handle = self.head.register_forward_pre_hook(enlarge)
+        handle = self.head.register_forward_pre_hook(scale_up)
         try:
             inputs = {"input_ids": ids, "labels": ids, "use_cache": False, "return_dict": True}
             output = Pass(self.host, source).run(inputs)
@@ -144,7 +145,7 @@ class TwoPassTrial:
         return same and bool(torch.isclose(loss, output.loss.float(), rtol=1e-4))
 
     def _agree(self, inputs: dict[str, Any], placement: Placement, states: Tensor, source: ThoughtSource) -> bool:
-        """Whether logits and loss of two passes are those of one, but for rounding."""
+        """Return whether logits and loss of two passes equal those of one, up to rounding."""
         host = self.host
         inputs["return_dict"] = True
         rows, rest = divide(inputs, placement, host.filler(source), host.takes_positions), dict(inputs)
@@ -153,15 +154,15 @@ class TwoPassTrial:
             return False
         response = ResponsePass(host, source, rows, states)
         response.begin_after(rest, cache, replaces_head=False)
-        found = response.run(rest)
+        output = response.run(rest)
         whole = InsertingPass(host, source)
         whole.insert_whole(inputs, placement, states)
         expected = whole.finish(whole.run(inputs))
-        index, late = rows.index_of(rows.length)
-        index = index - (rows.shape[1] - found.logits.shape[1])  # columns that predict nothing may be left out
-        read = late & (index < found.logits.shape[1])
+        index, included = rows.columns_of(rows.length)
+        index = index - (rows.shape[1] - output.logits.shape[1])  # columns that predict nothing may be omitted
+        compared = included & (index < output.logits.shape[1])
         if placement.attention_mask is not None:
-            read = read & placement.attention_mask.bool()
-        two = take(found.logits, index.clamp(0, found.logits.shape[1] - 1))
-        pairs = (expected.loss, found.loss), (expected.logits[read], two[read])
+            compared = compared & placement.attention_mask.bool()
+        two = take(output.logits, index.clamp(0, output.logits.shape[1] - 1))
+        pairs = (expected.loss, output.loss), (expected.logits[compared], two[compared])
         return all(bool((one - two).float().norm() <= _ROUNDING * one.float().norm()) for one, two in pairs)

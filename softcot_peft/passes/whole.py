@@ -1,4 +1,4 @@
-"""The pass over whole rows, prompts and what follows them, outside of `generate`."""
+"""The pass over whole rows, with prompts and responses, outside of `generate`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..rows.placement import Placement
 from .cache_record import check_room, remember
 from .interface import InsertingPass
 
-_LATE_RUNS = (
-    "Labels before the runs of `thought_token` (earlier turns of a conversation) are left out of the loss from here "
-    "on, since no thoughts stand before them. To train on every turn, make one row of each with "
+_EARLY_LABELS = (
+    "Labels before the runs of `thought_token` (earlier turns of a conversation) are excluded from the loss from now "
+    "on, because they are predicted without thoughts. To train on every turn, make one row of each with "
     "`softcot_peft.split_conversations`."
 )
 
 
 class WholeRows(InsertingPass):
-    """Locates the thoughts of whole rows, has the source read the prompts, and inserts."""
+    """Locates the thoughts of whole rows, runs the source on the prompts, and inserts the thoughts."""
 
-    labelled: bool = False  # whether the caller asks for a loss
+    labelled: bool = False  # whether the caller requests a loss
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Read the prompts and insert the thoughts."""
+        """Run the source on the prompts and insert the thoughts."""
         self.insert_whole(inputs, *self.read(inputs))
 
     def read(self, inputs: dict[str, Any]) -> tuple[Placement, Tensor]:
-        """Where the thoughts stand, and the states that they are made of, `(B, K, N, H_source)`."""
+        """Return the placement of the thoughts and the source's states, `(B, K, N, H_source)`."""
         own = pop_own(inputs)
         check_arguments(inputs, own)
         self.labelled = inputs.get("labels") is not None
@@ -40,13 +40,13 @@ class WholeRows(InsertingPass):
         length = tokens(inputs).shape[1]
         check_room(self.host.model, find_cache(inputs), inputs, length, placement.num_inserted)
         _warn_unread(inputs, placement)
-        if placement.late:
+        if placement.has_early_labels:
             drop_early_labels(inputs, placement)
-            self.host.warn_once(_LATE_RUNS)
+            self.host.warn_once(_EARLY_LABELS)
         return placement, self.host.read(inputs.get("input_ids"), placement, self.source, own)
 
     def finish(self, output: Any) -> Any:
-        """Note on the cache where the thoughts stand, and take their positions out of the output."""
+        """Record the thought positions on the cache, and remove them from the output."""
         self.check_written()
         cache = find_cache(output)
         if cache is not None and self.placement is not None and not isinstance(cache, (Tensor, tuple, list)):
@@ -54,7 +54,7 @@ class WholeRows(InsertingPass):
         return self.add_auxiliary_loss(super().finish(output))
 
     def add_auxiliary_loss(self, output: Any) -> Any:
-        """Add the source's own loss to that of a training step."""
+        """Add the source's auxiliary loss to the loss of a training step."""
         thoughts = self.thoughts if self.writing is None else self.writing.thoughts
         if thoughts is None or not (self.labelled and self.host.model.training and torch.is_grad_enabled()):
             return output
@@ -68,12 +68,12 @@ class WholeRows(InsertingPass):
 
 
 def _warn_unread(inputs: dict[str, Any], placement: Placement) -> None:
-    """Warn if no row of the logits but the last would read the thoughts."""
+    """Warn if only the last column of the logits depends on the thoughts."""
     labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
     keep = inputs.get("logits_to_keep")  # a number or a tensor of columns
     if placement.inserted and not labelled and not (isinstance(keep, int) and keep == 1):
         warnings.warn(
-            "Without `labels`, thoughts stand after the last token of each row, and the logits of all rows before "
+            "Without `labels`, thoughts stand after the last token of each row, and all logits before it "
             "are the plain base's. If a response is among the tokens (a loss or log-likelihoods computed outside "
             "of the model, label smoothing), write a run of `thought_token` before it. If only the next token is "
             "wanted, pass `logits_to_keep=1`.",

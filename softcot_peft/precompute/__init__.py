@@ -1,4 +1,4 @@
-"""Thoughts of a data set, computed once: what the source says of each prompt is kept and found by the prompt's ids."""
+"""Precomputed thoughts: the source's states for each prompt of a data set, looked up by the prompt's token ids."""
 
 from .compute import ComputeThoughts, compute_thoughts
 from .use import use_thoughts

@@ -1,4 +1,4 @@
-"""The base and the thought source of a model's active adapter."""
+"""Finds the base and the thought source of a model's active adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..sources import ThoughtSource
 
 
 def active(model: nn.Module) -> tuple[Host, ThoughtSource]:
-    """The base that carries thoughts, and the source that reads its prompts.
+    """Return the base that carries the thoughts, and the source that reads its prompts.
 
     Raises:
         ValueError: The model has no active SoftCoT adapter.

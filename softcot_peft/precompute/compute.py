@@ -1,4 +1,4 @@
-"""`compute_thoughts`: the source reads the prompts of a data set once."""
+"""`compute_thoughts`: computes the states of all prompts of a data set."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ..rows.facts import IGNORED
 from ..rows.placement import prompts
 from ..sources import ThoughtSource
 from .active import active
-from .fingerprint import N, fingerprint, written
+from .fingerprint import N, fingerprint, to_json
 from .lookup import FINGERPRINT, KEY, STATES, prompt_keys
 
-_RESPONSE_MASKS = ("completion_mask", "assistant_masks")  # TRL's, 1 = predicted
+_RESPONSE_MASKS = ("completion_mask", "assistant_masks")  # columns of TRL, 1 = supervised
 
 
 class ComputeThoughts:
-    """The function for `dataset.map` that [`compute_thoughts`] makes.
+    """The function for `dataset.map` that [`compute_thoughts`] returns.
 
-    `datasets` names its cache after the pickle of this: all that decides its results, the same in every process.
+    `datasets` derives its cache key from the pickle of this object, which holds exactly what determines the results
+    and is the same in every process.
     """
 
     def __init__(self, host: Host, source: ThoughtSource, num_thoughts: int | None) -> None:
@@ -34,19 +35,19 @@ class ComputeThoughts:
         self._fingerprint = fingerprint(source, num_thoughts or source.config.num_thought_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Elsewhere, (written(self._fingerprint), self._num, self._source.thought_token_id)
+        return _InOtherProcess, (to_json(self._fingerprint), self._num, self._source.thought_token_id)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute the thoughts of some rows.
+        """Compute the states of a batch of rows.
 
         Args:
-            batch: Columns of token ids: `input_ids`, else `prompt_ids`; with `labels`, or TRL's `completion_mask` or
-                `assistant_masks`, the prompt ends before the first that is predicted, else with the row. A column
-                `attention_mask` is 0 at padding.
+            batch: Columns of a tokenized data set: `input_ids`, else `prompt_ids`, and optionally `attention_mask`.
+                With `labels`, or TRL's `completion_mask` or `assistant_masks`, a prompt ends before the first
+                supervised token, otherwise at the end of the row.
 
         Returns:
-            `assistant_hidden_states`, a row's `N x H_assistant` numbers in the assistant's dtype (bfloat16 as
-            float32); `thoughts_key`, int64; and `thoughts_fingerprint`, JSON.
+            The columns `assistant_hidden_states`, `N x H_assistant` numbers per row in the assistant's dtype (bfloat16
+            as float32); `thoughts_key`, int64; and `thoughts_fingerprint`, JSON.
         """
         inputs = _padded(batch)
         placement = self._host.locate(inputs, self._source, self._fingerprint[N])
@@ -58,21 +59,21 @@ class ComputeThoughts:
             )
         with torch.no_grad():
             states = self._host.read(inputs["input_ids"], placement, self._source, afresh=True).cpu()
-        if states.dtype == torch.bfloat16:  # which Arrow does not know
+        if states.dtype == torch.bfloat16:  # not supported by Arrow
             states = states.float()
         keys = prompt_keys(*prompts(inputs["input_ids"], placement), num)
-        text = written(self._fingerprint | {N: num})
+        text = to_json(self._fingerprint | {N: num})
         return {STATES: states.flatten(1).numpy(), KEY: keys.numpy(), FINGERPRINT: [text] * len(keys)}
 
 
-class _Elsewhere:
-    """What `ComputeThoughts` is in another process."""
+class _InOtherProcess:
+    """The object that a pickled `ComputeThoughts` loads as. It only raises."""
 
     def __init__(self, *state: str | int | None) -> None:
         self._state = state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Elsewhere, self._state
+        return _InOtherProcess, self._state
 
     def __call__(self, batch: Any) -> Any:
         raise RuntimeError(
@@ -82,27 +83,32 @@ class _Elsewhere:
 
 
 def compute_thoughts(model: nn.Module, num_thought_tokens: int | None = None) -> ComputeThoughts:
-    """Make the function that computes the thoughts of a data set, for [`use_thoughts`].
+    """Return a function for `dataset.map` that computes the thoughts of a data set, for [`use_thoughts`].
 
-        thoughts = dataset.map(compute_thoughts(model), batched=True, batch_size=16)
-
-    `datasets` shows its progress, keeps the result in an Arrow file, and finds it again when the script is run again,
-    unless the assistant, its commit, template, tokens or N have changed. (What it makes of a data set in memory stays
-    in memory, unless `cache_file_name` says where to put it.) Kept is what the assistant says, `N x H_assistant`
-    numbers a row; the projection, which training changes, is applied to them as ever. The assistant runs where the
-    model is.
+    `datasets` shows the progress, stores the result in an Arrow file and reuses it in later runs, unless the
+    assistant, its commit, its template, the tokens or N have changed. The result for an in-memory data set stays in
+    memory unless `cache_file_name` is set. The result holds the assistant's hidden states, `N x H_assistant` numbers
+    per row; the projection, which training changes, is applied later. The assistant runs on the model's device.
 
     Args:
-        model: The PEFT model, or the base that the adapter was injected into; its active adapter's thoughts.
-        num_thought_tokens: N where the prompts hold no run of `thought_token`. `None`: as in training.
+        model: The PEFT model, or the base that the adapter was injected into. Its active adapter is used.
+        num_thought_tokens: N for prompts without a run of `thought_token`. `None`: as in training.
 
     Returns:
-        A function of columns by name, as `dataset.map(..., batched=True)` calls it. See
-        [`ComputeThoughts.__call__`] for the columns it reads and returns.
+        A function of a dict of columns, for `dataset.map(..., batched=True)`. [`ComputeThoughts.__call__`] documents
+        the columns.
 
     Raises:
-        TypeError: N is no integer.
-        ValueError: The model has no active SoftCoT adapter, or N is below 1.
+        TypeError: N is not an integer.
+        ValueError: The model has no active SoftCoT adapter, or N is less than 1.
+
+    Example:
+        ```python
+        from softcot_peft import compute_thoughts, use_thoughts
+
+        thoughts = dataset.map(compute_thoughts(model), batched=True, batch_size=16)
+        use_thoughts(model, thoughts)
+        ```
     """
     if num_thought_tokens is not None and type(num_thought_tokens) is not int:
         raise TypeError(f"`num_thought_tokens` must be an integer, got {num_thought_tokens!r}.")
@@ -113,9 +119,9 @@ def compute_thoughts(model: nn.Module, num_thought_tokens: int | None = None) ->
 
 
 def _padded(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The columns that say where the prompts are, as a forward takes them: each `(B, L)`, padded on the right.
+    """Return the columns that determine where the prompts are, as inputs of a forward pass: `(B, L)`, right-padded.
 
-    In host memory: the assistant takes its input to where it runs.
+    The tensors stay on the CPU; the assistant moves its input to its device.
     """
     name = "input_ids" if "input_ids" in batch else "prompt_ids"
     if name not in batch:

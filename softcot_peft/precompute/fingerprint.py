@@ -1,4 +1,4 @@
-"""Tells stale thoughts from those of an adapter: what they depend on beside the prompt, as text."""
+"""Detects stale thoughts, by a fingerprint of what they depend on besides the prompt."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from ..sources import ThoughtSource
 
-_FORMAT = 1  # of keys and columns
+_FORMAT = 1  # version of keys and columns
 N = "num_thought_tokens"
 
 
 def fingerprint(source: ThoughtSource, num_thoughts: int | None) -> dict[str, Any]:
-    """What the states of a source depend on, the format of the columns, and N if it is known."""
+    """Return what the states of a source depend on, the format of the columns, and N if it is known."""
     return {**source.fingerprint(), "format": _FORMAT, N: num_thoughts}
 
 
-def written(found: Mapping[str, Any]) -> str:
-    """A fingerprint as text."""
+def to_json(found: Mapping[str, Any]) -> str:
+    """Serialise a fingerprint."""
     return json.dumps(found, sort_keys=True)
 
 
 def refuse_stale(stored: Iterable[Mapping[str, Any]], source: ThoughtSource) -> None:
-    """Reject thoughts whose fingerprints are not those of an adapter's source.
+    """Reject thoughts whose fingerprints do not match an adapter's source.
 
     Raises:
-        ValueError: Some differ; the message says in what.
+        ValueError: A fingerprint differs. The message lists the differences.
     """
     config, now = source.config, fingerprint(source, None)
     wanted = {config.num_thought_tokens, config.inference_num_thought_tokens}

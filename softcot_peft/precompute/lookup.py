@@ -1,4 +1,4 @@
-"""Finds thoughts that were computed before by the prompt's ids. Knows no models, adapters or tokenizers."""
+"""Looks up precomputed thoughts by the prompt's token ids. Independent of models, adapters and tokenizers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 STATES, KEY, FINGERPRINT = "assistant_hidden_states", "thoughts_key", "thoughts_fingerprint"  # columns
 COLUMNS = (STATES, KEY, FINGERPRINT)
-_ODD = -7046029254386353131  # 2^64 / golden ratio, the odd number that spreads small ones best; as a signed number
+_GOLDEN_RATIO = -7046029254386353131  # 2^64 / golden ratio, as a signed number: odd, spreads small integers best
 
 
 def prompt_keys(prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
-    """A 64-bit key of each prompt and N: `sum_j f_j m(id_j) + f_N N mod 2^64`, j counted from the prompt's end.
+    """Return a 64-bit key of each prompt and N: `sum_j f_j m(id_j) + f_N N mod 2^64`, j counted from the prompt's end.
 
-    The factors `f_j` are odd, and so is `m`, which spreads ids: every token adds something that is not zero, id 0 and
-    the first token too, so that a prompt and its end have different keys. Two prompts have one key by chance of about
-    2^-64, however they are padded.
+    The factors `f_j` and the mixed ids `m(id)` are odd, so every token contributes a nonzero term, including id 0 and
+    the first token, and a prompt and its suffix have different keys. Keys do not depend on padding. Two prompts
+    collide with a probability of about 2^-64.
 
     Args:
-        prompt_ids: `(B, P)`, the prompts' ends in the last column.
+        prompt_ids: `(B, P)`. Prompts end in the last column.
         prompt_mask: `(B, P)`, 1 = part of the prompt.
         num_thoughts: N.
 
@@ -34,19 +34,19 @@ def prompt_keys(prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> T
     """
     length = prompt_ids.shape[1]
     factors = _factors(1 << length.bit_length(), prompt_ids.device)
-    spread = (prompt_ids.long() + 1) * _ODD
+    spread = (prompt_ids.long() + 1) * _GOLDEN_RATIO
     spread = (spread ^ (spread >> 32)) | 1
     return (spread * factors[-length - 1 : -1] * prompt_mask).sum(1) + factors[-1] * num_thoughts
 
 
 @lru_cache(maxsize=32)
 def _factors(length: int, device: torch.device) -> Tensor:
-    """Fixed random odd numbers `(length,)`, the same last ones for every length."""
-    return torch.tensor([_mixed(place) | 1 for place in reversed(range(length))], device=device)
+    """Return fixed pseudo-random odd numbers `(length,)`. The last ones are the same for every length."""
+    return torch.tensor([_splitmix64(place) | 1 for place in reversed(range(length))], device=device)
 
 
-def _mixed(number: int) -> int:
-    """SplitMix64 (Steele, Lea and Flood, 2014) of a number, as a signed one."""
+def _splitmix64(number: int) -> int:
+    """Return SplitMix64 (Steele, Lea and Flood, 2014) of a number, as a signed number."""
     most = 2**64 - 1
     number = (number + 1) * 0x9E3779B97F4A7C15 & most
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & most
@@ -56,7 +56,7 @@ def _mixed(number: int) -> int:
 
 
 class _Columns:
-    """Columns in memory, as [`compute_thoughts`] returns them for a batch."""
+    """In-memory columns, as [`compute_thoughts`] returns them for a batch."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
         self.keys = torch.as_tensor(columns[KEY])
@@ -65,14 +65,14 @@ class _Columns:
         self.fingerprints = {found} if isinstance(found, str) else set(found)
 
     def take(self, rows: Tensor) -> Tensor:
-        """Hidden states of some rows, `(B, ...)`."""
+        """Return the hidden states of some rows, `(B, ...)`."""
         return self.states[rows]
 
 
 class _Dataset:
-    """A data set of Hugging Face `datasets`: hidden states stay on disk, mapped into memory, until they are asked for.
+    """A data set of Hugging Face `datasets`. Hidden states stay on disk, memory-mapped, until a row is read.
 
-    Read as Arrow tables, whose numbers come as they were written: other formats turn float64 into float32.
+    Rows are read as Arrow tables, which keep the dtype: other formats convert float64 to float32.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -82,22 +82,22 @@ class _Dataset:
         self.states = dataset.with_format("arrow", columns=[STATES])
 
     def take(self, rows: Tensor) -> Tensor:
-        """Hidden states of some rows, `(B, N x H)`, in memory of their own."""
-        chunks = self.states[rows.tolist()].column(STATES).chunks  # of the file, not copied yet
+        """Return a copy of the hidden states of some rows, `(B, N x H)`."""
+        chunks = self.states[rows.tolist()].column(STATES).chunks  # views of the file
         return torch.from_numpy(np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])).view(len(rows), -1)
 
 
 class ThoughtLookup:
-    """The assistant's hidden states of a data set's prompts, by [`prompt_keys`].
+    """The assistant's hidden states for the prompts of a data set, by [`prompt_keys`].
 
-    Copies of a model share it; a pickle is without it.
+    Copies of a model share the lookup. Pickles of a model do not contain it.
 
     Args:
-        dataset: Of `datasets`, or columns by name, with the `COLUMNS` that [`compute_thoughts`] makes.
+        dataset: A data set of `datasets`, or a dict of columns, with the `COLUMNS` of [`compute_thoughts`].
 
     Raises:
-        TypeError: It cannot be read in any order.
-        ValueError: It has no rows, lacks a column, or holds two different thoughts for one key.
+        TypeError: The data set is streamed.
+        ValueError: The data set has no rows or lacks a column.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -112,34 +112,34 @@ class ThoughtLookup:
         names = list(dataset if in_memory else dataset.column_names)
         if missing := [name for name in COLUMNS if name not in names]:
             raise ValueError(f"`dataset` must hold the columns {missing}, got {names}. {remedy}")
-        self._rows = _Columns(dataset) if in_memory else _Dataset(dataset)
-        if len(self._rows.keys) == 0:
+        self._table = _Columns(dataset) if in_memory else _Dataset(dataset)
+        if len(self._table.keys) == 0:
             raise ValueError(f"`dataset` must hold rows, got none. {remedy}")
-        self.keys, self._order = self._rows.keys.sort(stable=True)
+        self.keys, self._order = self._table.keys.sort(stable=True)
         self._warned = False
 
     @property
     def fingerprints(self) -> list[dict[str, Any]]:
-        """What its thoughts were computed with, each once."""
-        return [json.loads(text) for text in sorted(self._rows.fingerprints)]
+        """The distinct fingerprints of the thoughts."""
+        return [json.loads(text) for text in sorted(self._table.fingerprints)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThoughtLookup:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
+        return _none_after_unpickling, ()
 
     def find(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor | None:
-        """The hidden states of a batch's prompts; `None` when any is missing, with a warning the first time.
+        """Return the hidden states of a batch's prompts, or `None` if any is missing, with a warning the first time.
 
         Args:
-            prompt_ids: `(B, P)`, the prompts' ends in the last column.
+            prompt_ids: `(B, P)`. Prompts end in the last column.
             prompt_mask: `(B, P)`, 1 = part of the prompt.
-            num_thoughts: N. The first of more thoughts would be the same only for templates that do not tell the
-                assistant their number, so thoughts of another N are not found.
+            num_thoughts: N. Only thoughts computed with the same N match: a larger N has the same first thoughts only
+                if the template does not mention N.
 
         Returns:
-            `(B, K * N * H_source)` in host memory, in the dtype that they are kept in.
+            `(B, K * N * H_source)` on the CPU, in the dtype in which they are stored.
         """
         keys = prompt_keys(prompt_ids, prompt_mask, num_thoughts).cpu()
         places = torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)
@@ -147,7 +147,7 @@ class ThoughtLookup:
         if missing.any():
             self._warn(missing, num_thoughts)
             return None
-        return self._rows.take(self._order[places]).flatten(1)
+        return self._table.take(self._order[places]).flatten(1)
 
     def _warn(self, missing: Tensor, num_thoughts: int) -> None:
         if self._warned:
@@ -162,5 +162,5 @@ class ThoughtLookup:
         )
 
 
-def _nothing() -> None:
-    """What a pickled lookup is read as."""
+def _none_after_unpickling() -> None:
+    """Return `None`, which replaces a lookup in pickles."""

@@ -1,4 +1,4 @@
-"""`use_thoughts`: looks thoughts up in a data set instead of having the source read."""
+"""`use_thoughts`: looks thoughts up in a data set instead of running the source."""
 
 from __future__ import annotations
 
@@ -14,21 +14,32 @@ from .lookup import ThoughtLookup
 def use_thoughts(model: nn.Module, dataset: Any | None) -> None:
     """Look thoughts up in a data set instead of running the assistant, in training, evaluation and `generate`.
 
-    Rows are found by their prompts' tokens and N, so that trainers and collators need not know: they get the data as
-    before. An assistant that this package loaded leaves memory, or is never loaded; one given with `use_assistant`
-    stays. A batch with a prompt that the data set lacks is read by the assistant, which is loaded again if needed; the
-    first time, a warning says so. Several data sets, or several N, are put into one with `concatenate_datasets`.
+    Thoughts are found by the tokens of the prompt and N, so trainers and collators work without changes. The weights
+    of an assistant that this package loaded are freed, or never loaded; a model registered with `use_assistant` stays
+    in memory. If a prompt of a batch is missing from the data set, the assistant runs for this batch, and is loaded
+    again if needed; a warning is shown the first time. To use several data sets, or several N, combine them with
+    `concatenate_datasets`.
 
     Args:
-        model: The PEFT model, or the base that the adapter was injected into; its active adapter is meant.
-        dataset: What `dataset.map(compute_thoughts(model), ...)` returned, in memory or on disk, with its columns
-            `assistant_hidden_states`, `thoughts_key` and `thoughts_fingerprint`; or a dict of these columns, as the
-            function itself returns them. `None`: the assistant reads again.
+        model: The PEFT model, or the base that the adapter was injected into. Its active adapter is used.
+        dataset: The result of `dataset.map(compute_thoughts(model), ...)`, in memory or on disk, with the columns
+            `assistant_hidden_states`, `thoughts_key` and `thoughts_fingerprint`, or a dict of these columns, which
+            `compute_thoughts(model)(batch)` returns. `None`: the assistant runs again.
 
     Raises:
         TypeError: The data set is streamed.
-        ValueError: Its thoughts are not those of the active adapter's assistant, template, tokens or N; it lacks a
-            column; or the model has no active SoftCoT adapter.
+        ValueError: The thoughts do not match the active adapter's assistant, template, tokens or N, a column is
+            missing, or the model has no active SoftCoT adapter.
+
+    Example:
+        ```python
+        from softcot_peft import compute_thoughts, use_thoughts
+
+        thoughts = dataset.map(compute_thoughts(model), batched=True, batch_size=16)
+        use_thoughts(model, thoughts)  # the assistant does not run any more
+        outputs = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8)
+        use_thoughts(model, None)  # the assistant runs again
+        ```
     """
     _, source = active(model)
     if dataset is None:

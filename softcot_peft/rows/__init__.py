@@ -1,1 +1,1 @@
-"""Rows of a batch: columns, thought positions, arguments of a forward. Pure tensor functions, no models."""
+"""Batches: columns, thought positions and the arguments of a forward, as pure tensor functions without models."""

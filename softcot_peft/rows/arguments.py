@@ -1,6 +1,6 @@
-"""Translates the arguments of a forward from the caller's columns to the placed ones.
+"""Translates the arguments of a forward from the caller's columns to the placed columns.
 
-Works in place on a dict of arguments by name. Knows the names that transformers gives them, and no model.
+The functions modify a dict of arguments by name, in place. They know the argument names of transformers, but no model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ OWN_NAMES = ("assistant_input_ids", "assistant_attention_mask")
 
 
 def pop_own(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Take the caller's own assistant input, which the base does not know, out of the arguments."""
+    """Pop the arguments for the assistant, which the base does not accept."""
     return {name: inputs.pop(name, None) for name in OWN_NAMES}
 
 
 def tokens(inputs: dict[str, Any]) -> Tensor:
-    """The ids `(B, L)` or embeddings `(B, L, H)` of a pass, whose shape says how many rows and columns it has."""
+    """Return the ids `(B, L)` or embeddings `(B, L, H)` of a pass, whose shape gives its rows and columns."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(inputs.get(name), Tensor):
-            found: Tensor = inputs[name]
-            return found
+            values: Tensor = inputs[name]
+            return values
     raise ValueError(
         "`input_ids` must be given, got none. Pass the tokenized prompts; an empty text has none in a pipeline, and "
         "thoughts need a prompt before them."
@@ -37,25 +37,25 @@ def tokens(inputs: dict[str, Any]) -> Tensor:
 
 
 def is_padding_mask(mask: Any) -> bool:
-    """Whether a mask has the form `(B, L)`."""
+    """Return whether a mask has the shape `(B, L)`."""
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def insert_thoughts(
     inputs: dict[str, Any], placement: Placement, thoughts: Tensor | None, filler: int, seen: int = 0
 ) -> tuple[Tensor | None, bool]:
-    """Make room for the thoughts in every per-token argument, and write them into embeddings.
+    """Insert thought positions into all per-token arguments, and write the thoughts into `inputs_embeds`.
 
     Args:
-        inputs: The forward's arguments.
-        placement: Where the thoughts stand in the rows.
+        inputs: Arguments of the forward.
+        placement: The thought positions.
         thoughts: `(B, N, H_base)`, for `inputs_embeds`; `None`: the wrapped embedding writes them.
         filler: Id at inserted thought positions.
-        seen: Columns of the rows that earlier passes have read (chunked prefill).
+        seen: Number of columns that earlier passes have processed (chunked prefill).
 
     Returns:
-        The columns whose logits the caller asked for, if each was translated into both of its possible rows; and
-        whether the caller asked for the last rows alone, which stay the last.
+        The caller's columns in `logits_to_keep`, if each was translated to the two placed columns it can have; and
+        whether only the last columns were requested, which need no translation.
 
     Raises:
         ValueError: A per-token argument has no known value at a thought position.
@@ -66,7 +66,7 @@ def insert_thoughts(
         if thoughts is not None:
             inputs["inputs_embeds"] = write_thoughts(inputs["inputs_embeds"], thoughts, here.start)
         return None, False
-    kept = _keep_logits(inputs, here, length)
+    requested = _translate_logits_to_keep(inputs, here, length)
     mask = inputs.pop("attention_mask", None)
     start, num, column = here.start, here.num_thoughts, here.column
     fills = {"input_ids": filler, "labels": IGNORED}
@@ -77,23 +77,23 @@ def insert_thoughts(
             inputs[name] = insert_positions(value, start, num)
         elif name == "inputs_embeds" and thoughts is not None:
             inputs[name] = insert(value, start, num, thoughts.to(value), column)
-        elif name == "shift_labels":  # already shifted: the last thought's row predicts the first label
+        elif name == "shift_labels":  # already shifted: the last thought predicts the first label
             inputs[name] = insert(value, start - 1, num, IGNORED, None if column is None else column - 1)
         elif name in fills or name.endswith("token_type_ids"):
             inputs[name] = insert(value, start, num, fills.get(name, 0), column)
         elif value.shape[:2] == (batch, length):
             raise ValueError(
                 f"`{name}` has one value per token, and its value at a thought position is not known. Leave it out, "
-                "or write a run of `thought_token` into the prompts, so that every position is yours."
+                "or write a run of `thought_token` into the prompts and pass a value for each position."
             )
     if mask is not None:
         inputs["attention_mask"] = _placed_mask(mask, placement, seen + length)
-    return kept
+    return requested
 
 
 def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:
-    """Exclude labels before the thoughts from the loss: tokens there are predicted without thoughts."""
-    for name, first in (("labels", 0), ("shift_labels", 1)):  # the last thought's row predicts the first label
+    """Exclude labels before the thoughts from the loss, because those tokens are predicted without thoughts."""
+    for name, first in (("labels", 0), ("shift_labels", 1)):  # the last thought predicts the first label
         if isinstance(inputs.get(name), Tensor):
             columns = torch.arange(first, inputs[name].shape[1] + first, device=inputs[name].device)
             early = columns < placement.start.to(columns.device)[:, None]
@@ -101,13 +101,13 @@ def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:
 
 
 def shift_positions(inputs: dict[str, Any], placement: Placement, cache: Any, takes_positions: bool) -> None:
-    """Shift mask and positions of the next tokens by the thoughts that the cache holds."""
+    """Shift the mask and positions of the next tokens by the number of thoughts in the cache."""
     length = tokens(inputs).shape[1]
     mask = inputs.get("attention_mask")
     if placement.inserted:
         num = placement.num_thoughts
-        # Ready-made masks know the caller's columns only. A model whose cache does not count has read the padding, and
-        # needs no mask where `generate` gives it none.
+        # Ready-made masks cover the caller's columns only. A model whose cache does not count tokens has processed the
+        # padding, and needs no mask if `generate` passes none.
         if mask is not None or (placement.padded and counts_tokens(cache)):
             so_far = 0 if is_padding_mask(mask) else cache_length(cache) - num + length
             inputs["attention_mask"] = mask = _placed_mask(mask, placement, so_far)
@@ -118,30 +118,30 @@ def shift_positions(inputs: dict[str, Any], placement: Placement, cache: Any, ta
 
 
 def unshift(shift_labels: Tensor) -> Tensor:
-    """Labels `(B, L)` in line with the ids, from labels shifted one to the left; the first one is not predicted."""
+    """Align labels `(B, L)` that are shifted one to the left with the ids; the first token has no label."""
     return torch.cat([torch.full_like(shift_labels[:, :1], IGNORED), shift_labels[:, :-1]], dim=1)
 
 
-def _keep_logits(inputs: dict[str, Any], placement: Placement, length: int) -> tuple[Tensor | None, bool]:
-    """Translate `logits_to_keep`; returns what `insert_thoughts` returns."""
+def _translate_logits_to_keep(inputs: dict[str, Any], placement: Placement, length: int) -> tuple[Tensor | None, bool]:
+    """Translate `logits_to_keep`; see `insert_thoughts` for the return values."""
     keep = inputs.get("logits_to_keep")
     if keep is None or (isinstance(keep, int) and keep == 0):
         return None, False
     if isinstance(keep, int):
-        if 0 < keep <= length - placement.latest + 1:  # every row asked for moves up by N
+        if 0 < keep <= length - placement.latest + 1:  # all requested columns shift by N
             return None, True
         keep = torch.arange(length, device=placement.start.device)[-keep:]
     keep = torch.where(keep < 0, keep + length, keep)
-    # A token's row is its own before the thoughts and N further after them; rows differ, so both are computed.
+    # A column shifts by N only after the thoughts, which is different in each row: request the logits of both columns.
     inputs["logits_to_keep"] = torch.cat([keep, keep + placement.num_thoughts])
     return keep, False
 
 
 def _placed_mask(mask: Any, placement: Placement, length: int) -> Tensor:
-    """The mask `(B, length + N)` that the base sees.
+    """Return the mask `(B, length + N)` for the base.
 
-    Anything but a padding mask, such as the ready-made masks that `generate` computes for caches of a fixed size, is
-    replaced by the prompts' mask followed by attended tokens.
+    Masks other than padding masks, such as those that `generate` computes for static caches, are replaced by the
+    prompts' padding mask, extended with ones.
     """
     if not is_padding_mask(mask):
         start, mask = placement.start, placement.attention_mask

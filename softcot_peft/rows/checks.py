@@ -1,4 +1,4 @@
-"""Rejects arguments of a forward that cannot carry thoughts."""
+"""Rejects arguments of a forward that cannot be combined with thoughts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compat.releases import PACKED_NAMES
 from .arguments import is_padding_mask, tokens
 
-_KINDS: dict[str, tuple[torch.dtype, ...]] = {  # the dtypes that arguments may have; none: any
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {  # the dtypes an argument may have; empty: any
     "input_ids": (torch.int64, torch.int32),
     "inputs_embeds": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "labels": (torch.int64,),
@@ -23,33 +23,33 @@ _KINDS: dict[str, tuple[torch.dtype, ...]] = {  # the dtypes that arguments may 
 
 
 def check_arguments(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
-    """Reject arguments of a forward, and the caller's `own` assistant input, that cannot carry thoughts.
+    """Check the arguments of a forward, and the caller's `own` input for the assistant.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument has the wrong shape, is missing, or announces a packed batch.
+        ValueError: An argument has the wrong shape, is missing, or belongs to a packed batch.
     """
-    check_adapter_names(inputs.get("adapter_names"))  # the bare base would take and ignore it
+    check_adapter_names(inputs.get("adapter_names"))  # a bare base would accept and ignore it
     _check_types({**inputs, **own})
     _check_logits_to_keep(inputs.get("logits_to_keep"))
-    _check_sources_of_tokens(inputs, own)
+    _check_prompts(inputs, own)
     _check_unpacked_names(inputs)
     _check_shapes(inputs)
     check_unpacked(inputs.get("position_ids"), inputs.get("attention_mask"))
 
 
 def check_adapter_names(names: list[str] | None) -> None:
-    """Reject a batch whose rows ask for adapters of their own."""
+    """Reject a different adapter per row."""
     if names is not None:
         raise ValueError(
             "`adapter_names` is not supported: a batch has one SoftCoT adapter. Call `set_adapter` and run the rows "
-            "of each adapter as a batch of their own."
+            "of each adapter as a separate batch."
         )
 
 
-def _check_types(given: Mapping[str, Any]) -> None:
-    for name, kinds in _KINDS.items():
-        value = given.get(name)
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    for name, dtypes in _DTYPES.items():
+        value = arguments.get(name)
         if isinstance(value, Mapping):
             raise TypeError(
                 f"`{name}` must be a tensor, got {type(value).__name__}. Unpack it: `model(**inputs)` or "
@@ -57,8 +57,8 @@ def _check_types(given: Mapping[str, Any]) -> None:
             )
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}. Pass the tokenizer's.")
-        if value is not None and kinds and value.dtype not in kinds:
-            raise TypeError(f"`{name}` must be a tensor of {kinds[0]}, got {value.dtype}. Convert it.")
+        if value is not None and dtypes and value.dtype not in dtypes:
+            raise TypeError(f"`{name}` must be a tensor of {dtypes[0]}, got {value.dtype}. Convert it.")
         if value is not None and value.device.type == "meta":
             raise ValueError(f"`{name}` must hold values, got a tensor on the meta device. Move it to the base's.")
 
@@ -70,7 +70,7 @@ def _check_logits_to_keep(keep: Any) -> None:
         raise TypeError(f"`logits_to_keep` must be an integer or a tensor of columns (K,), got {keep!r}.")
 
 
-def _check_sources_of_tokens(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
+def _check_prompts(inputs: dict[str, Any], own: dict[str, Tensor | None]) -> None:
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is None and embeds is not None and own["assistant_input_ids"] is None:
         raise ValueError(
@@ -93,7 +93,7 @@ def _check_unpacked_names(inputs: dict[str, Any]) -> None:
         if inputs.get(name) is not None:
             raise ValueError(
                 f"`{name}` announces a packed or padding-free batch, which cannot carry thoughts, since a row has "
-                "one place for them. Turn `packing`, `padding_free` and continuous batching off."
+                "only one place for them. Turn `packing`, `padding_free` and continuous batching off."
             )
 
 
@@ -119,16 +119,18 @@ def _check_shapes(inputs: dict[str, Any]) -> None:
         raise ValueError("`input_ids` must hold a prompt, got no tokens. Thoughts need a prompt before them.")
     if isinstance(mask, Tensor) and mask.device.type == "meta":
         raise ValueError("`attention_mask` must hold values, got one on the meta device. Move it to the base's.")
-    places = inputs.get("position_ids")
-    if places is not None and (places.dim() < 2 or places.shape[-1] != columns or places.shape[-2] not in (1, rows)):
+    position_ids = inputs.get("position_ids")
+    if position_ids is not None and (
+        position_ids.dim() < 2 or position_ids.shape[-1] != columns or position_ids.shape[-2] not in (1, rows)
+    ):
         raise ValueError(
-            f"`position_ids` must have the shape of the tokens, {(rows, columns)}, got {tuple(places.shape)}. Make "
-            "one position per token, or leave them out."
+            f"`position_ids` must have the shape of the tokens, {(rows, columns)}, got {tuple(position_ids.shape)}. "
+            "Make one position per token, or leave them out."
         )
 
 
 def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Reject rows whose position ids `(..., L)` start again within their attended part: several sequences in one."""
+    """Reject packed rows, whose position ids `(..., L)` restart among attended tokens."""
     if position_ids is None or position_ids.shape[-1] < 2:
         return
     restarts = position_ids[..., 1:] < position_ids[..., :-1]
@@ -138,6 +140,6 @@ def check_unpacked(position_ids: Tensor | None, attention_mask: Tensor | None) -
         row, column = (int(index) for index in restarts.flatten(0, -2).nonzero()[0])
         raise ValueError(
             f"`position_ids` must rise along each row, but they start again within row {row}, in column {column + 1}: "
-            "packed or padding-free batches cannot carry thoughts, since a row has one place for them. Turn `packing` "
-            "and `padding_free` off."
+            "packed or padding-free batches cannot carry thoughts, since a row has only one place for them. Turn "
+            "`packing` and `padding_free` off."
         )

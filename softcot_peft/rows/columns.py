@@ -1,8 +1,7 @@
-"""Columns inserted into the rows of a batch and taken out again, as pure tensor functions.
+"""Inserts columns into the rows of a batch and removes them again, as pure tensor functions.
 
-Two coordinate systems meet here. The *caller's* columns are the tokens the caller knows, L of them. The *placed*
-columns are what the base sees: the same tokens with N thought positions before column `start`, which may differ by
-row.
+There are two coordinate systems. The *caller's* columns are the L tokens that the caller passes. The *placed* columns
+are what the base sees: the same tokens with N thought positions before column `start`, which may differ by row.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor, column: 
 
     Args:
         values: `(B, L)` or `(B, L, H)`.
-        start: Column of the first inserted one, per row, `(B,)`.
-        num: How many.
-        fill: What they hold: a number, or `(B, num, H)`.
-        column: `start` as a number, where it is known to be the same in every row.
+        start: First inserted column of each row, `(B,)`.
+        num: Number of inserted columns.
+        fill: Their values: a number, or `(B, num, H)`.
+        column: `start` as a number, if it is known to be the same for all rows.
 
     Returns:
         `(B, L + num)` or `(B, L + num, H)`.
@@ -44,14 +43,14 @@ def insert(values: Tensor, start: Tensor, num: int, fill: int | Tensor, column: 
 
 
 def take(values: Tensor, columns: Tensor) -> Tensor:
-    """Pick columns of every row, `values[b, columns[b, t]]`: of `(B, L, ...)` by `(B, T)` to `(B, T, ...)`."""
+    """Gather columns per row, `values[b, columns[b, t]]`: from `(B, L, ...)`, with `(B, T)`, to `(B, T, ...)`."""
     rows = torch.arange(values.shape[0], device=values.device)[:, None] * values.shape[1]
     picked = values.flatten(0, 1).index_select(0, (rows + columns.to(values.device)).flatten())
     return picked.unflatten(0, columns.shape)
 
 
 def insert_positions(position_ids: Tensor, start: Tensor, num: int) -> Tensor:
-    """Give inserted columns the positions that follow, and move the later ones up.
+    """Insert columns into position ids: they continue the positions before them, and later positions shift by `num`.
 
     From `(..., B or 1, L)` to `(..., B, L + num)`; `start` `(B,)` is at least 1.
     """
@@ -69,8 +68,8 @@ def write_thoughts(embeddings: Tensor, thoughts: Tensor, start: Tensor) -> Tenso
 
     Args:
         embeddings: `(B, L, H)`.
-        thoughts: `(B, N, H)`, of any dtype and device.
-        start: Column of the first thought, `(B,)`; may be negative or beyond L, when thoughts lie partly outside.
+        thoughts: `(B, N, H)`, of any dtype, on any device.
+        start: Column of the first thought, `(B,)`; may be negative or beyond L if thoughts are partly outside.
 
     Returns:
         `(B, L, H)` in the embeddings' dtype.
@@ -91,33 +90,33 @@ def restore(
     start: Tensor,
     num: int,
     length: int,
-    kept: Tensor | None = None,
+    requested: Tensor | None = None,
     last_rows: bool = False,
     column: int | None = None,
 ) -> _T:
-    """Put everything per-token in a model's output back in line with the caller's tokens.
+    """Align all per-token values in a model's output with the caller's tokens.
 
-    The row of the last prompt token becomes the row of the last thought, which predicts the first response token; the
-    other thought rows go. Key columns of attentions at thought positions go too.
+    The last prompt token gets the values of the last thought, which predicts the first response token. The values of
+    the other thoughts are removed, and so are the key columns of attentions at thought positions.
 
     Args:
         output: A `ModelOutput`, tuple or dict of the base.
-        start: Column of the first inserted one, per row, `(B,)`.
-        num: N, how many were inserted.
-        length: L, the caller's columns in this call.
-        kept: Columns `(K,)` of the caller's whose logits were asked for (`logits_to_keep`), when the base returned the
-            placed columns `[kept, kept + N]`.
-        last_rows: Whether the logits are those of the last rows alone, which need no change.
-        column: `start` as a number, where it is known to be the same in every row.
+        start: First inserted column of each row, `(B,)`.
+        num: N, the number of inserted columns.
+        length: L, the number of the caller's columns in this call.
+        requested: The caller's columns `(K,)` in `logits_to_keep`, if the base returned the logits of both placed
+            columns that each can have, `[requested, requested + N]`.
+        last_rows: Whether the base returned only the logits of the last columns, which need no change.
+        column: `start` as a number, if it is known to be the same for all rows.
 
     Returns:
-        The same type of output.
+        An output of the same type.
     """
     batch, placed = start.shape[0], length + num
-    logits_to_come = last_rows or kept is not None
+    logits_pending = last_rows or requested is not None
 
-    def in_line(tensor: Tensor) -> Tensor:
-        """Take the placed row of each token, `(B, L, ...)`; L - 1 of them where labels were shifted already."""
+    def align(tensor: Tensor) -> Tensor:
+        """Take the placed column of each token, `(B, L, ...)`; of L - 1 tokens if labels are already shifted."""
         if column is None:
             columns = torch.arange(tensor.shape[1] - num, device=start.device)
             return take(tensor, columns + num * (columns >= start[:, None] - 1))
@@ -125,34 +124,34 @@ def restore(
         return after if column == 1 else torch.cat([tensor[:, : column - 1], after], dim=1)
 
     def change(tensor: Tensor, name: str) -> Tensor:
-        nonlocal logits_to_come
+        nonlocal logits_pending
         shape = tensor.shape
-        if logits_to_come and tensor.dim() == 3:  # the first of three dimensions in every causal LM's output
-            logits_to_come = False
-            if kept is None:
+        if logits_pending and tensor.dim() == 3:  # the first three-dimensional tensor in any causal LM's output
+            logits_pending = False
+            if requested is None:
                 return tensor
-            late = kept.to(start.device) >= start[:, None] - 1  # (B, K)
-            return take(tensor, torch.arange(kept.shape[0], device=start.device) + late * kept.shape[0])
+            shifted = requested.to(start.device) >= start[:, None] - 1  # (B, K)
+            return take(tensor, torch.arange(len(requested), device=start.device) + shifted * len(requested))
         states = name.endswith("hidden_states")
-        # Several streams of states (S, B, L, H)
+        # Several residual streams of hidden states (S, B, L, H)
         if tensor.dim() == 4 and shape[1:3] == (batch, placed) and (states or shape[0] != batch):
-            return in_line(tensor.movedim(0, 2)).movedim(2, 0)
+            return align(tensor.movedim(0, 2)).movedim(2, 0)
         if tensor.dim() == 4 and shape[0] == batch and shape[2] == placed:  # attentions (B, heads, query, key)
             columns = torch.arange(length, device=start.device)
-            keys = columns + num * (columns >= start[:, None])  # (B, L): the placed column of each token itself
-            return _take_keys(in_line(tensor.transpose(1, 2)).transpose(1, 2), keys, placed)
-        # One row less where they were compared with shifted labels already
+            keys = columns + num * (columns >= start[:, None])  # (B, L): the placed column of each token
+            return _take_keys(align(tensor.transpose(1, 2)).transpose(1, 2), keys, placed)
+        # One column less if the values are already aligned with shifted labels
         if tensor.dim() >= 2 and shape[0] == batch and shape[1] in (placed, placed - 1):
-            return in_line(tensor)
-        if tensor.dim() >= 2 and shape[0] == batch * placed:  # routers of mixtures of experts (B * L, experts)
-            return in_line(tensor.unflatten(0, (batch, placed))).flatten(0, 1)
+            return align(tensor)
+        if tensor.dim() >= 2 and shape[0] == batch * placed:  # router logits of MoE models (B * L, experts)
+            return align(tensor.unflatten(0, (batch, placed))).flatten(0, 1)
         return tensor
 
     return _map_tensors(output, change)
 
 
 def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
-    """Give each row the values of the distinct row that it repeats, `source` `(B,)`, one of `num`."""
+    """Repeat `num` distinct rows in all tensors of an output: row b is a copy of row `source[b]`, `source` `(B,)`."""
 
     def change(tensor: Tensor, name: str) -> Tensor:
         return tensor[source.to(tensor.device)] if tensor.dim() > 1 and len(tensor) == num else tensor
@@ -161,7 +160,7 @@ def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
 
 
 def restore_keys(output: _T, start: Tensor, num: int) -> _T:
-    """Drop thought positions from the key columns of attentions in the output of a step after the thoughts."""
+    """Remove thought positions from the key columns of attentions in the output of a decoding step."""
 
     def change(tensor: Tensor, name: str) -> Tensor:
         if tensor.dim() != 4 or tensor.shape[0] != start.shape[0]:
@@ -173,7 +172,7 @@ def restore_keys(output: _T, start: Tensor, num: int) -> _T:
 
 
 def _take_keys(attentions: Tensor, keys: Tensor, placed: int) -> Tensor:
-    """Pick key columns of `(B, heads, query, key)` attentions; key columns beyond the placed ones stay."""
+    """Select key columns of attentions `(B, heads, query, key)`; key columns after the placed ones are kept."""
     keys = keys.to(attentions.device)
     beyond = torch.arange(placed, attentions.shape[3], device=keys.device).expand(keys.shape[0], -1)
     keys = torch.cat([keys, beyond], dim=1)
@@ -182,9 +181,9 @@ def _take_keys(attentions: Tensor, keys: Tensor, placed: int) -> Tensor:
 
 
 def _map_tensors(output: Any, change: Callable[[Tensor, str], Tensor], name: str = "") -> Any:
-    """Apply a function to every tensor of a nested output and the name of its field, if it has one.
+    """Apply a function to every tensor of a nested output, together with its field name, if any.
 
-    Caches and other objects stay as they are.
+    Caches and other objects are returned unchanged.
     """
     if isinstance(output, Tensor):
         return change(output, name)

@@ -1,4 +1,4 @@
-"""Divides the rows of a training step into prompts, and thoughts with responses. Pure tensor functions."""
+"""Splits the rows of a training step into prompts and responses with thoughts, as pure tensor functions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .placement import Placement, positions, prompts
 
 @dataclass(frozen=True)
 class DividedRows:
-    """The rows of a batch, each cut in two."""
+    """The rows of a batch, each split in two."""
 
     prompt: dict[str, Tensor]  # arguments of the prompt pass, over `(B, P)` tokens
-    # Arguments of the response pass, over `(B, W)` placed columns: all thoughts, and what stands behind them.
+    # Arguments of the response pass, over `(B, W)` placed columns: all thoughts and everything after them.
     response: dict[str, Tensor]
     labels: Tensor  # `(B, W)`
-    cut: Tensor  # the placed column in which each row's response pass begins, `(B,)`; at its thoughts or before
-    placement: Placement  # where the thoughts stand in the caller's columns
-    length: int  # the caller's columns L
-    predicts: Tensor  # which columns of the response pass, as `(B * W)`, predict a label, `(T,)`
-    targets: Tensor  # these labels, `(T,)`
+    cut: Tensor  # the placed column at which each row is split, `(B,)`; at its thoughts or before
+    placement: Placement  # the thought positions in the caller's columns
+    length: int  # L, the number of the caller's columns
+    predicts: Tensor  # indices into the `(B * W)` columns of the response pass that predict a label, `(T,)`
+    targets: Tensor  # those labels, `(T,)`
 
     @property
     def shape(self) -> torch.Size:
@@ -34,52 +34,53 @@ class DividedRows:
 
     @property
     def skipped(self) -> int:
-        """First columns of the response pass that predict no label: those before the last of inserted thoughts."""
+        """Number of leading columns of the response pass that predict no label: all inserted thoughts but the last."""
         return self.placement.num_thoughts - 1 if self.placement.inserted else 0
 
-    def index_of(self, length: int) -> tuple[Tensor, Tensor]:
-        """Where the response pass has the rows of the caller's first columns, and whether it has them.
+    def columns_of(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the response pass's column for each of the caller's first columns, and whether it has one.
 
         Returns:
-            Both `(B, length)`, int64 and bool.
+            Columns (int64) and a mask (bool), both `(B, length)`.
         """
         start, num = self.placement.start[:, None], self.placement.num_inserted
         columns = torch.arange(length, device=start.device)
-        late = columns >= start - int(num > 0)  # of inserted thoughts, the last one's row is the last prompt token's
-        return columns + num * late - self.cut[:, None], late
+        # The last inserted thought takes the place of the last prompt token.
+        included = columns >= start - int(num > 0)
+        return columns + num * included - self.cut[:, None], included
 
-    def in_line(self, values: Tensor, length: int) -> Tensor:
-        """Values of the response pass `(B, W, ...)` in the caller's columns `(B, length, ...)`; 0 before thoughts."""
-        index, late = self.index_of(length)
-        found = take(values, index.clamp(0, values.shape[1] - 1))
-        none = ~late | (index >= values.shape[1])
-        return found.masked_fill(none.to(found.device).view(*none.shape, *[1] * (values.dim() - 2)), 0)
+    def align(self, values: Tensor, length: int) -> Tensor:
+        """Align values of the response pass, `(B, W, ...)`, with the caller's columns, `(B, length, ...)`; else 0."""
+        index, included = self.columns_of(length)
+        taken = take(values, index.clamp(0, values.shape[1] - 1))
+        missing = ~included | (index >= values.shape[1])
+        return taken.masked_fill(missing.to(taken.device).view(*missing.shape, *[1] * (values.dim() - 2)), 0)
 
 
 def cuts_by_row(placement: Placement, length: int) -> bool:
-    """Whether rows of L columns are cut at their own thoughts, rather than all at the earliest: the cheaper way.
+    """Return whether splitting each row at its own thoughts is cheaper than splitting all rows at the earliest ones.
 
-    A column with gradient counts for four: it goes forward and back, usually has logits, and is kept in between.
+    A column with gradient counts as four: it runs forward and backward, usually has logits, and keeps its activations.
     """
-    return placement.latest + 4 * placement.reach <= placement.earliest + 4 * (length - placement.earliest)
+    return placement.latest + 4 * placement.max_span <= placement.earliest + 4 * (length - placement.earliest)
 
 
 def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_positions: bool) -> DividedRows:
-    """Divide a batch where its thoughts begin: each row at its own, or all at the earliest, whichever is cheaper.
+    """Split a batch at its thoughts: each row at its own, or all rows at the earliest ones, whichever is cheaper.
 
-    Rows that are cut at their own thoughts are moved, so that the cuts stand under each other: prompts are padded on
-    the left, responses on the right.
+    Rows that are split at their own thoughts are shifted so that the splits align: prompts are padded on the left,
+    responses on the right.
 
     Args:
-        inputs: `input_ids` and `labels` `(B, L)` of the step.
-        placement: Where its thoughts stand.
+        inputs: `input_ids` and `labels` of the step, `(B, L)`.
+        placement: The thought positions.
         filler: Id at inserted thought positions.
-        takes_positions: Whether the base wants to be told the positions of padded rows.
+        takes_positions: Whether padded rows need explicit position ids.
     """
     ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
     start, earliest, num = placement.start, placement.earliest, placement.num_inserted
     length = ids.shape[1]
-    here, width = placement, placement.reach + num
+    here, width = placement, placement.max_span + num
     if not cuts_by_row(placement, length):
         here = replace(placement, start=torch.full_like(start, earliest), latest=earliest)
         width = length - earliest + num
@@ -100,12 +101,12 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
             where = positions(seen)
             prompt["position_ids"], response["position_ids"] = where.tensor_split([prompt_ids.shape[1]], 1)
     rest_labels = rest_labels.masked_fill(beyond, IGNORED)
-    predicts, targets = predicted(rest_labels)  # here, where an accelerator has little left to do
+    predicts, targets = predicted(rest_labels)  # synchronizes: here, while an accelerator has little work queued
     return DividedRows(prompt, response, rest_labels, here.start, placement, length, predicts, targets)
 
 
 def predicted(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which columns `(B * L)` predict a label, `(T,)`, and these labels, `(T,)`, of labels `(B, L)`."""
+    """Return which of the `(B * L)` columns predict a label, `(T,)`, and those labels, `(T,)`, for labels `(B, L)`."""
     targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
     predicts = (targets != IGNORED).nonzero()[:, 0]
     return predicts, targets[predicts]

@@ -1,4 +1,4 @@
-"""Reads from a batch what decides where its thoughts stand, without leaving the device."""
+"""Computes the properties of a batch that determine its thought positions, without synchronizing with the device."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # the label that the losses of transformers skip
+IGNORED = -100  # the label that losses of transformers ignore
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rows of a batch hold, by row `(B,)` or by token `(B, L)`."""
+    """Properties of the rows of a batch, per row `(B,)` or per token `(B, L)`."""
 
     attended: Tensor  # (B, L) bool
     labelled: Tensor  # (B, L) bool
-    counts: Tensor  # (B,) attended thought tokens without a label
-    run_start: Tensor  # (B,) column of the first of them; L without any
-    run_end: Tensor  # (B,) column behind the last of them; 0 without any
-    last_label: Tensor  # (B,) column of the last label; -1 without any
-    label_runs: Tensor  # (B, L) bool: where a run of labels begins
-    uses_run: Tensor  # () bool: whether any row holds a thought token
+    counts: Tensor  # (B,) number of attended thought tokens without a label
+    run_start: Tensor  # (B,) column of the first one; L if there is none
+    run_end: Tensor  # (B,) column after the last one; 0 if there is none
+    last_label: Tensor  # (B,) column of the last label; -1 if there is none
+    label_runs: Tensor  # (B, L) bool: first column of each run of labels
+    uses_run: Tensor  # () bool: whether any row has a thought token
     start: Tensor  # (B,) column of the first thought
-    end: Tensor  # (B,) column behind the last attended or labelled token
+    end: Tensor  # (B,) column after the last attended or labelled token
 
     @property
     def before(self) -> Tensor:
-        """The columns before each row's thoughts, `(B, L)` bool."""
+        """Columns before the thoughts of each row, `(B, L)` bool."""
         return torch.arange(self.attended.shape[1], device=self.start.device) < self.start[:, None]
 
     @property
     def prompt(self) -> Tensor:
-        """The tokens that a source may read, `(B, L)` bool."""
+        """Tokens that a source may read, `(B, L)` bool."""
         return self.attended & self.before
 
 
 def read_facts(
     input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, thought_token_id: int | None
 ) -> Facts:
-    """Read ids, mask and labels, each `(B, L)` or `None`.
+    """Compute the facts from ids, mask and labels, each `(B, L)` or `None`.
 
-    A run of thought tokens without labels says where the thoughts stand; a labelled thought token is text. Without a
-    run, thoughts stand before the first label, or after the last attended token in rows without labels.
+    A run of unlabelled thought tokens marks the thought positions; a labelled thought token is text. Without a run,
+    thoughts are placed before the first label, or after the last attended token in rows without labels.
     """
     reference = next(tensor for tensor in (input_ids, attention_mask, labels) if tensor is not None)
     length = reference.shape[1]

@@ -1,4 +1,4 @@
-"""Locates the thought positions of a batch, and rejects batches that have no single right place for them."""
+"""Locates the thought positions of a batch, and rejects batches in which they are ambiguous."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def locate(
 ) -> Placement:
     """Locate the thought positions of every row.
 
-    A run of unlabelled thought tokens marks them, and its length is N. Otherwise thoughts stand before the first label
-    that is not -100, or after the last attended token in rows without labels. Labelled thought tokens are text.
-    All checks of the batch are read from the device together, once.
+    A run of unlabelled thought tokens marks them, and its length is N. Otherwise, thoughts are placed before the first
+    label other than -100, or after the last attended token in rows without labels. Labelled thought tokens are text.
+    The results of all checks are copied from the device at once.
 
         >>> locate(torch.tensor([[5, 6, 7]]), None, torch.tensor([[-100, -100, 7]]), num_thoughts=4).start
         tensor([2])
 
     Args:
         input_ids: `(B, L)` int64, padded on either side; `None` with embeddings.
-        attention_mask: `(B, L)`, 1 = attended. `None`: all.
-        labels: `(B, L)`, -100 = not predicted. `None`: no labels.
+        attention_mask: `(B, L)`, 1 = attended. `None`: all are attended.
+        labels: `(B, L)`, -100 = ignored. `None`: no labels.
         num_thoughts: N for automatic placement.
         thought_token_id: Id of the thought token; `None`: automatic placement only.
-        run_required: Whether a prompt without a run is rejected.
-        vocabulary: Number of ids that the base has embeddings for; `None`: not checked.
-        shared_vocabulary: The same of an assistant that reads the base's ids; `None`: not checked.
+        run_required: Whether to reject prompts without a run.
+        vocabulary: Number of ids the base has embeddings for; `None`: not checked.
+        shared_vocabulary: The same for an assistant that reads the base's ids; `None`: not checked.
 
     Returns:
-        The placement; `start` is a column of the caller's.
+        The placement, in the caller's columns.
 
     Raises:
-        ValueError: Rows disagree; a run is interrupted or stands behind all labels; the labels of a row form several
-            runs under automatic placement; a row has no prompt; the mask is not a plain padding mask; or a required
-            run is missing.
+        ValueError: The rows have different numbers of thought tokens; a run is interrupted or follows all labels; the
+            labels of a row form several runs under automatic placement; a row has no prompt; an id is outside of the
+            vocabulary; the mask is not a padding mask; or a required run is missing.
     """
     facts = read_facts(input_ids, attention_mask, labels, thought_token_id)
     checks = _checks(facts, input_ids, attention_mask, vocabulary, shared_vocabulary)
@@ -58,7 +58,7 @@ def locate(
         (facts.end - facts.start).amax(),
         (facts.labelled & facts.before).any(),
     ]
-    *failed, num_run, padded, latest, earliest, reach, late = torch.stack([value.long() for value in values]).tolist()
+    *failed, num_run, padded, latest, earliest, max_span, early = torch.stack([v.long() for v in values]).tolist()
     for name, fails in zip(checks, failed, strict=True):
         if not fails:
             continue
@@ -70,7 +70,9 @@ def locate(
     if run_required and not num_run:
         raise ValueError(explain_missing_run(facts, input_ids, thought_token_id, labels is not None))
     num = num_run or num_thoughts
-    return Placement(facts.start, num, not num_run, attention_mask, bool(padded), latest, earliest, reach, bool(late))
+    return Placement(
+        facts.start, num, not num_run, attention_mask, bool(padded), latest, earliest, max_span, bool(early)
+    )
 
 
 def _checks(
@@ -80,7 +82,7 @@ def _checks(
     vocabulary: int | None,
     shared_vocabulary: int | None,
 ) -> dict[str, Tensor]:
-    """What is wrong with a batch, by name, each `()` bool."""
+    """Return the checks that a batch may fail, by name, each `()` bool."""
     passed = facts.uses_run & False
     has_labels = facts.last_label >= 0
     checks = {

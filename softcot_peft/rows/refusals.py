@@ -1,4 +1,4 @@
-"""The messages for batches whose thoughts have no single right place. Each names the row and what to do."""
+"""Error messages for batches with ambiguous thought positions. Each message names the row and the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .facts import IGNORED, Facts
 
 
 def explain(check: str, facts: Facts) -> str:
-    """The message for a failed check, about the first row that fails it."""
+    """Return the message for a failed check, about the first row that fails."""
     messages = {"counts": _counts, "broken": _broken, "late": _late, "turns": _turns, "promptless": _promptless}
     return messages[check](facts)
 
@@ -47,7 +47,7 @@ def _turns(facts: Facts) -> str:
     return (
         f"The labels of a row must form one run, before which the thoughts stand, but those of row {row} form "
         f"several, which begin in columns {facts.label_runs[row].nonzero()[:, 0].tolist()}: a conversation with "
-        "several supervised turns, while `generate` thinks before the last one. Make one row per turn: "
+        "several supervised turns, while `generate` places thoughts before the last one. Make one row per turn: "
         "`dataset.map(softcot_peft.split_conversations, batched=True, remove_columns=dataset.column_names)`; or "
         "label one turn alone, or write a run of `thought_token` where the thoughts belong."
     )
@@ -62,7 +62,7 @@ def _promptless(facts: Facts) -> str:
 
 
 def explain_mask(attention_mask: Tensor) -> str:
-    """The message for a mask `(B, L)` that holds other values than 0 and 1."""
+    """Return the message for a mask `(B, L)` with values other than 0 and 1."""
     row, column = (int(index) for index in (attention_mask != 0).ne(attention_mask).nonzero()[0])
     return (
         f"`attention_mask` must hold 0 and 1 only, got {attention_mask[row, column].item()} in row {row}. Larger "
@@ -72,7 +72,7 @@ def explain_mask(attention_mask: Tensor) -> str:
 
 
 def explain_ids(check: str, input_ids: Tensor, vocabulary: int | None, shared_vocabulary: int | None) -> str:
-    """The message for ids `(B, L)` that a model has no embedding for."""
+    """Return the message for ids `(B, L)` without an embedding in a model."""
     least, most = int(input_ids.min()), int(input_ids.max())
     if check == "vocabulary":
         return (
@@ -87,14 +87,14 @@ def explain_ids(check: str, input_ids: Tensor, vocabulary: int | None, shared_vo
 
 
 def explain_missing_run(facts: Facts, input_ids: Tensor | None, thought_token_id: int | None, has_labels: bool) -> str:
-    """The message for prompts without the run that `placement='thought_token'` requires."""
-    found = None if input_ids is None or thought_token_id is None else input_ids == thought_token_id
-    if found is not None and (facts.labelled & found).any():
+    """Return the message for prompts without the run that `placement='thought_token'` requires."""
+    is_thought = None if input_ids is None or thought_token_id is None else input_ids == thought_token_id
+    if is_thought is not None and (facts.labelled & is_thought).any():
         return (
             "`labels` must be -100 on the run of `thought_token`, but label every thought token. A labelled one is "
             "text of a response: label the response only."
         )
-    if found is not None and found.any():
+    if is_thought is not None and is_thought.any():
         return (
             "`attention_mask` must not hide the run of `thought_token`, but is 0 wherever `input_ids` hold it. Pass "
             "the tokenizer's mask: without one, `generate` hides the padding token, perhaps the same token."
@@ -106,7 +106,7 @@ def explain_missing_run(facts: Facts, input_ids: Tensor | None, thought_token_id
         "`where='user_turn'`."
         if has_labels
         else "The adapter was trained with the run in the prompt: write it there, or let the chat template of "
-        "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look beside the adapter)."
+        "`with_thought_tokens` do it (pass its tokenizer to pipelines; they do not look in the adapter folder)."
     )
     return (
         "`placement='thought_token'`: every prompt must hold a run of `thought_token`, found none in `input_ids`. "

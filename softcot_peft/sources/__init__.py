@@ -1,4 +1,4 @@
-"""Thought sources: what reads a prompt and yields soft thoughts. One module per kind; others can be registered."""
+"""Thought sources: modules that turn prompts into soft thoughts. Each kind is registered by name."""
 
 from .assistant import AssistantSource
 from .projections import LinearProjection, register_projection

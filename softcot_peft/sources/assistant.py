@@ -1,4 +1,4 @@
-"""The thought source of arXiv 2502.12134: a frozen assistant LM, whose hidden states are projected."""
+"""The thought source of the paper (arXiv 2502.12134): a frozen assistant LM whose hidden states are projected."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class AssistantSource(ThoughtSource):
     """Reads prompts with a frozen assistant LM: `t = Assistant([prompt; thought token x N])`, `s = W t + b`.
 
     Args:
-        config: The adapter's config, which names assistant and projection.
+        config: The adapter's config, which names the assistant and the projection.
         base: The base LM.
 
     Raises:
-        ValueError: Assistant, tokenizers and base do not fit together.
+        ValueError: The assistant, the tokenizers and the base do not match.
     """
 
     def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
@@ -38,7 +38,7 @@ class AssistantSource(ThoughtSource):
             config.base_hidden_size or base.hidden_size,
         )
         if trained != (assistant.hidden_size, base.hidden_size):
-            raise ValueError(_misfit(*trained, assistant.hidden_size, base.hidden_size))
+            raise ValueError(_size_mismatch(*trained, assistant.hidden_size, base.hidden_size))
         super().__init__(config, base)
         self.assistant = assistant
         self.reader = self._make_reader(assistant)
@@ -69,21 +69,21 @@ class AssistantSource(ThoughtSource):
 
     @property
     def id_limit(self) -> int | None:  # type: ignore[override]
-        """Number of the base's ids that the assistant knows and has embeddings for; `None` if it reads text."""
+        """Number of base ids that the assistant's tokenizer and embeddings cover; `None` if it reads text."""
         return self.reader.shared_vocabulary
 
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
-        """The assistant's last hidden states at the thought positions, `(B, 1, N, H_assistant)`, in its dtype."""
+        """Return the assistant's last hidden states at the thought positions, `(B, 1, N, H_assistant)`."""
         ids, mask = self.reader.read(prompts.input_ids, prompts.attention_mask, num_thoughts)
         return self._run(ids, mask, num_thoughts, prompts.device)
 
     def read_own(
         self, input_ids: Tensor, attention_mask: Tensor | None, num_thoughts: int, rows: int, device: torch.device
     ) -> Tensor:
-        """As `read`, of the caller's own assistant input `(B, P + N)`, which ends in N thought positions.
+        """Like `read`, for an assistant input `(B, P + N)` from the caller, which ends in N thought positions.
 
         Raises:
-            ValueError: It does not fit the batch, N or the assistant's vocabulary.
+            ValueError: The input does not match the batch, N or the assistant's vocabulary.
         """
         num = num_thoughts
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -112,7 +112,7 @@ class AssistantSource(ThoughtSource):
                 f"{self.assistant.vocabulary - 1}, got {int(input_ids.min())} to {int(input_ids.max())}. Tokenize "
                 "with the assistant's tokenizer."
             )
-        return self._run(input_ids.masked_fill(unknown, 0), mask, num, device)  # padding needs no embedding
+        return self._run(input_ids.masked_fill(unknown, 0), mask, num, device)  # padding may be any id
 
     def _run(self, ids: Tensor, mask: Tensor, num_thoughts: int, device: torch.device) -> Tensor:
         return self.assistant.hidden_states(ids, mask, num_thoughts, device, self)[:, None]
@@ -122,29 +122,29 @@ class AssistantSource(ThoughtSource):
         return project(self.projection, states)
 
     def check_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
-        """Reject the linear projection of another pair."""
+        """Reject a linear projection that was trained for other hidden sizes."""
         found = tuple(tensors["projection.weight"].shape) if "projection.weight" in tensors else ()
         wanted = (self.base.hidden_size, self.assistant.hidden_size)
         if self.config.projection == "linear" and len(found) == 2 and found != wanted:
-            raise ValueError(_misfit(found[1], found[0], wanted[1], wanted[0]))
+            raise ValueError(_size_mismatch(found[1], found[0], wanted[1], wanted[0]))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Assistant, commit or weights, dtype, template, tokenizers and thought token."""
+        """Return the assistant, its commit or weights, dtype, template, tokenizers and thought token."""
         return fingerprint(self.reader)
 
     def complete(self, config: SoftCoTConfig) -> None:
-        """Write the sizes and the assistant's resolved commit into the config."""
+        """Write the hidden sizes and the assistant's resolved commit into the config."""
         super().complete(config)
         config.assistant_hidden_size = self.assistant.hidden_size
         config.assistant_revision = self.assistant.revision or config.assistant_revision
 
     def release(self) -> None:
-        """Let go of the weights of an assistant that this package loaded."""
+        """Free the weights of an assistant that this package loaded."""
         self.assistant.release()
 
 
-def _misfit(trained_assistant: int, trained_base: int, assistant_size: int, base_size: int) -> str:
-    """The message for an adapter that was trained for other sizes."""
+def _size_mismatch(trained_assistant: int, trained_base: int, assistant_size: int, base_size: int) -> str:
+    """Return the error message for an adapter that was trained for other hidden sizes."""
     return (
         f"The adapter's projection goes from assistant hidden size {trained_assistant} to base hidden size "
         f"{trained_base}, but this assistant has {assistant_size} and this base {base_size}. Load it with the pair it "

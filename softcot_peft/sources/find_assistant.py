@@ -1,4 +1,4 @@
-"""Finds assistants by name: models given with `use_assistant`, else those of the Hub or of a folder."""
+"""Finds assistants by name: models registered with `use_assistant`, else models on the Hub or in a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..checkpoint.untrusted import read_config
 from ..compat.engines import is_partitioned
 from ..compat.models import check_decoder_lm, head_width
 from ..compat.releases import commit_of
-from .frozen_lm import REMEDY, FrozenLM, unusable
+from .frozen_lm import REMEDY, FrozenLM, load_error_message
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half", "double")
 
@@ -24,24 +24,35 @@ _loaded: WeakValueDictionary[tuple[str, str | None, str], FrozenLM] = WeakValueD
 def use_assistant(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str | None = None
 ) -> str:
-    """Use an already loaded model wherever a config names it: quantised, placed, fine-tuned, or made in memory.
+    """Use an already loaded model as assistant, for example one that is quantised, fine-tuned or on another device.
 
-    The model is not moved, cast or changed; it runs in eval mode, and each of its modules has its own mode back
-    afterwards. It is kept for the life of the process, or until another one is given the same name. Adapters attached
-    before keep the assistant they have.
+    The model is not moved, cast or modified. It runs in eval mode, and each of its modules returns to its own mode
+    afterwards. It is kept until the process ends or another model is registered under the same name. Adapters that
+    are already attached keep their assistant.
 
     Args:
         model: A causal LM with its head, or a PEFT model of one.
-        tokenizer: Its tokenizer. `None`: loaded from the name when it is needed.
-        name: The name by which configs refer to it. `None`: the model's own `name_or_path`; a PEFT model needs one of
-            its own, lest an adapter reload with the untuned model of its base's name.
+        tokenizer: The model's tokenizer. `None`: it is loaded from `name` when needed.
+        name: The name that configs refer to. `None`: the model's `name_or_path`. A PEFT model requires a name, since
+            the name of its base would stand for the model without fine-tuning when an adapter is reloaded.
 
     Returns:
         The name, for `SoftCoTConfig(assistant_model_name_or_path=...)`.
 
     Raises:
-        TypeError: The model or the tokenizer is not one of transformers, or the name is no string.
-        ValueError: The model is not a decoder LM, has no name, or was partitioned by DeepSpeed.
+        TypeError: The model or the tokenizer is not from transformers, or the name is not a string.
+        ValueError: The model is not a decoder LM, has no name, or is partitioned by DeepSpeed.
+
+    Example:
+        ```python
+        from softcot_peft import SoftCoTConfig, use_assistant
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        assistant = AutoModelForCausalLM.from_pretrained("path/to/assistant", dtype="bfloat16")
+        tokenizer = AutoTokenizer.from_pretrained("path/to/assistant")
+        use_assistant(assistant, tokenizer, name="my-assistant")
+        config = SoftCoTConfig(assistant_model_name_or_path="my-assistant", task_type="CAUSAL_LM")
+        ```
     """
     loaded: nn.Module = model
     if isinstance(model, PeftModel):
@@ -51,7 +62,7 @@ def use_assistant(
                     f"`model` must be tuned in its layers to be an assistant, got {config.peft_type!s}, which acts "
                     "outside of them and would be lost. Pass its base, or a LoRA-tuned model."
                 )
-        loaded = model.get_base_model()  # its adapter layers stay inside
+        loaded = model.get_base_model()  # still contains the adapter layers
     if not isinstance(loaded, PreTrainedModel):
         raise TypeError(f"`model` must be a loaded transformers model, got {type(loaded).__name__}.")
     if name is not None and not isinstance(name, str):
@@ -64,7 +75,7 @@ def use_assistant(
             "`name` must be given, since the model has no `name_or_path` of its own. Pass `name='my-assistant'`."
         )
     check_decoder_lm(loaded.config, f"The assistant {name!r}", "Pass a causal LM.", loaded)
-    head_width(loaded)  # refuses a model without a head
+    head_width(loaded)  # raises if there is no head
     if is_partitioned(loaded):
         raise ValueError(
             f"`model` must be whole, but the weights of {name!r} are partitioned: it was loaded while DeepSpeed's "
@@ -76,10 +87,10 @@ def use_assistant(
 
 
 def _find_preloaded(name: str) -> FrozenLM:
-    """The assistant given under a name.
+    """Return the assistant registered under a name.
 
     Raises:
-        ValueError: None was given under it in this process.
+        ValueError: This process has no assistant of that name.
     """
     if name not in _preloaded:
         raise ValueError(
@@ -90,13 +101,13 @@ def _find_preloaded(name: str) -> FrozenLM:
 
 
 def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") -> FrozenLM:
-    """The assistant of a name: the one given with `use_assistant`, else one shared by all who ask for the same.
+    """Return the assistant of a name: the one registered with `use_assistant`, else a shared one.
 
-    Only its config is read here. Remote code never runs and only safetensors weights are read, since the name may come
-    from a stranger's adapter.
+    Reads only the config. The name may come from an untrusted adapter, so remote code never runs, and weights must be
+    safetensors.
 
     Raises:
-        ValueError: It cannot be found or is not a decoder LM.
+        ValueError: The assistant cannot be found or is not a decoder LM.
     """
     if name in _preloaded:
         return _preloaded[name]
@@ -105,8 +116,8 @@ def find_assistant(name: str, revision: str | None = None, dtype: str = "auto") 
     try:
         revision = commit_of(name, revision) or revision
         config = read_config(name, revision)
-    except Exception as error:  # a stranger's files can fail anywhere
-        raise ValueError(unusable(name, error)) from error
+    except Exception as error:  # untrusted files can fail anywhere
+        raise ValueError(load_error_message(name, error)) from error
     check_decoder_lm(config, f"The assistant {name!r}", REMEDY)
     key = (name, revision, dtype)
     assistant = _loaded.get(key)

@@ -1,4 +1,4 @@
-"""What an assistant's hidden states depend on beside the prompt and N. Loads no weights."""
+"""Fingerprint of an assistant: what its hidden states depend on, besides the prompt and N. Loads no weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..compat.releases import tokenizer_state
 from .frozen_lm import FrozenLM
 from .prompt_reader import DATE, PromptReader
 
-_SAMPLES = 64  # of each tensor
+_SAMPLES = 64  # values per tensor
 
 
 def fingerprint(reader: PromptReader) -> dict[str, Any]:
-    """What the hidden states of an adapter's assistant depend on: the assistant, and what it reads.
+    """Return what the hidden states depend on: the assistant, and how its input is built.
 
-    Numbers and texts, large ones as digests; the same in every process.
+    Values are numbers and strings, long ones as digests, and are the same in every process.
     """
     assistant, own = reader.assistant, reader.base_tokenizer
     return {
-        **_reads_otherwise(reader),
+        **_changes_since_0_1_0(reader),
         "assistant": Path(assistant.name).name if _is_folder(assistant) else assistant.name,
         **_weights(assistant),
         "assistant_prompt": reader.config.assistant_prompt,
@@ -38,8 +38,8 @@ def fingerprint(reader: PromptReader) -> dict[str, Any]:
     }
 
 
-def _reads_otherwise(reader: PromptReader) -> dict[str, Any]:
-    """What is read otherwise than by 0.1.0, which wrote no such fields."""
+def _changes_since_0_1_0(reader: PromptReader) -> dict[str, Any]:
+    """Return fields for inputs that are built differently than in 0.1.0, which did not write these fields."""
     template = None if reader.config.assistant_prompt is None else reader.assistant.tokenizer.chat_template
     found: dict[str, Any] = {}
     if getattr(reader.base_tokenizer, "clean_up_tokenization_spaces", False):
@@ -56,37 +56,37 @@ def _is_folder(assistant: FrozenLM) -> bool:
 
 
 def _weights(assistant: FrozenLM) -> dict[str, Any]:
-    """Commit, config, weights and dtype of an assistant; a commit of the Hub says what its config and weights are."""
+    """Return commit, config, weights and dtype of an assistant. A Hub commit determines config and weights."""
     found: dict[str, Any] = dict.fromkeys(("assistant_commit", "assistant_config", "assistant_weights"))
     model = assistant.preloaded_model
     if model is not None:
         config = model.config.to_diff_dict()
         own = {name: config[name] for name in sorted(config) if name not in ("transformers_version", "_name_or_path")}
         found["assistant_config"] = _digest([json.dumps(own, default=str).encode()])
-        found["assistant_weights"] = _digest(_samples_of(model))
+        found["assistant_weights"] = _digest(_sample_model(model))
         dtype = str(model.dtype)
     else:
         if _is_folder(assistant):
             found["assistant_config"] = _digest([Path(assistant.name, CONFIG_NAME).read_bytes()])
-            found["assistant_weights"] = _digest(_samples_in(Path(assistant.name)))
+            found["assistant_weights"] = _digest(_sample_files(Path(assistant.name)))
         else:
             found["assistant_commit"] = assistant.revision
         dtype = assistant.dtype if assistant.dtype == "auto" else str(getattr(torch, assistant.dtype))
     return found | {"assistant_dtype": dtype.removeprefix("torch.")}
 
 
-def _samples_of(model: PreTrainedModel) -> Iterable[bytes]:
-    """Some numbers of each tensor of a model: training moves all of them a little."""
+def _sample_model(model: PreTrainedModel) -> Iterable[bytes]:
+    """Yield a few values of each tensor of a model. Training changes every tensor slightly."""
     for name, tensor in model.state_dict().items():
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-        if is_whole(tensor):  # of sharded and offloaded ones shapes have to do
+        if is_whole(tensor):  # for sharded and offloaded tensors, only the shape is used
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().contiguous()
             yield sample.view(torch.uint8).numpy().tobytes()
 
 
-def _samples_in(folder: Path) -> Iterable[bytes]:
-    """The same of the safetensors files of a folder: headers, and some bytes of the middle of each tensor."""
+def _sample_files(folder: Path) -> Iterable[bytes]:
+    """Like `_sample_model`, for a folder of safetensors files: headers, and bytes from the middle of each tensor."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -106,7 +106,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _digest(parts: Iterable[bytes]) -> str:
-    """Some digits that are different for different parts."""
+    """Return a short hash of the parts."""
     found = sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little"))

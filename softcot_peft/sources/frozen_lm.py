@@ -1,4 +1,4 @@
-"""`FrozenLM`: a causal LM that reads prompts, loaded when it is first needed, shared by all adapters that name it."""
+"""`FrozenLM`: a causal LM that reads prompts. Loaded on first use and shared by all adapters that name it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ from .names import missing_folder
 REMEDY = "Set its Hub id or folder, or pass a loaded one with `use_assistant(model, tokenizer, name=...)`."
 
 
-def unusable(name: str, error: Exception) -> str:
-    """The message for an assistant that cannot be loaded."""
-    if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):  # speaks of no folders
+def load_error_message(name: str, error: Exception) -> str:
+    """Return the error message for an assistant that cannot be loaded."""
+    if isinstance(error, HFValidationError) or isinstance(
+        error.__cause__, HFValidationError
+    ):  # its message does not mention folders
         error = ValueError("There is no such folder, and a Hub id has the form 'name' or 'owner/name'.")
     return (
         f"`assistant_model_name_or_path` must name a decoder LM that can be loaded, got {name!r}: {error} "
@@ -41,16 +43,16 @@ def unusable(name: str, error: Exception) -> str:
 
 
 class FrozenLM:
-    """A frozen causal LM that reads prompts and returns hidden states at the thought positions.
+    """A frozen causal LM that reads prompts and returns the hidden states at the thought positions.
 
-    Held by adapters outside the module tree, so that it is never saved, cast, counted or put into training mode with
-    the base. Its weights are loaded when they are first needed, without the head.
+    Adapters hold it outside the module tree, so that it is never saved, cast, counted or set to training mode with the
+    base. Its weights are loaded on first use, without the head.
 
     Args:
-        name: Hub id, folder, or name given by the user.
+        name: Hub id, folder, or name registered with `use_assistant`.
         config: Config of the model.
-        find: Finds it again in another process, without arguments; can be pickled.
-        revision: Resolved commit, else the revision asked for.
+        find: Function without arguments that finds the assistant again in another process; must be picklable.
+        revision: Resolved commit, else the requested revision.
         dtype: Dtype to load the weights in, or "auto".
         model: The loaded model, or `None` to load it on first use.
         tokenizer: The loaded tokenizer, or `None` to load it on first use.
@@ -74,34 +76,34 @@ class FrozenLM:
         self.preloaded_model = model
         self._preloaded_backbone = None if model is None else Backbone(backbone_of(model))
         self._tokenizer = tokenizer
-        # Threads load the model once, and take turns with the tokenizer, whose options are state of its own.
+        # Threads load the model only once and take turns with the tokenizer, which keeps call options as state.
         self.lock = RLock()
         self._loaded: dict[torch.device, Backbone] = {}
         self._users: WeakKeyDictionary[object, torch.device] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLM:
-        """A copied base shares the assistant."""
+        """Copies of a base share the assistant."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickled base names the assistant, and finds it again: it holds no copy of the weights."""
+        """Pickle how to find the assistant, not its weights."""
         return self._find, ()
 
     @cached_property
     def hidden_size(self) -> int:
-        """Width of the last hidden states, known before the weights are loaded."""
+        """Width of the last hidden states. Known before the weights are loaded."""
         if self.preloaded_model is not None:
             return head_width(self.preloaded_model)
         try:
             with loaded_whole(), meta_model():
                 model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
-        except Exception as error:  # a stranger's config can fail anywhere
-            raise ValueError(unusable(self.name, error)) from error
+        except Exception as error:  # untrusted configs can fail anywhere
+            raise ValueError(load_error_message(self.name, error)) from error
         return head_width(model)
 
     @property
     def vocabulary(self) -> int:
-        """How many ids the assistant has embeddings for."""
+        """Number of ids that the assistant has embeddings for."""
         return num_embeddings(self.config, self.preloaded_model)
 
     @property
@@ -109,7 +111,7 @@ class FrozenLM:
         """The assistant's tokenizer.
 
         Raises:
-            ValueError: There is none at the assistant's name.
+            ValueError: No tokenizer can be loaded from the assistant's name.
         """
         if self._tokenizer is None:
             try:
@@ -117,7 +119,7 @@ class FrozenLM:
                 if is_empty(tokenizer):
                     raise OSError("There are no tokenizer files.")
                 self._tokenizer = tokenizer
-            except Exception as error:  # a stranger's files can fail anywhere
+            except Exception as error:  # untrusted files can fail anywhere
                 raise ValueError(
                     f"`assistant_model_name_or_path`: no tokenizer can be loaded from {self.name!r}: {error} Pass it "
                     "with `use_assistant(model, tokenizer, name=...)`."
@@ -125,13 +127,13 @@ class FrozenLM:
         return self._tokenizer
 
     def backbone(self, device: torch.device) -> PreTrainedModel:
-        """The model without its head that reads for bases on `device`."""
+        """Return the model without its head, for bases on `device`."""
         return self._backbone(device).model
 
     def _backbone(self, device: torch.device, user: object | None = None) -> Backbone:
-        """The model without its head. One that this package loads is on the base's device, and is never moved.
+        """Return the model without its head. A model that this package loads is on the base's device and never moves.
 
-        Models on devices where no living `user` has asked last are let go of.
+        Frees models on devices that no living `user` requested last.
         """
         if device.type == "meta":
             raise ValueError(
@@ -150,7 +152,7 @@ class FrozenLM:
             return self._loaded[device]
 
     def release(self) -> None:
-        """Let go of weights that this package loaded; they are loaded again when the assistant runs again."""
+        """Free weights that this package loaded. They are loaded again when the assistant runs again."""
         with self.lock:
             self._loaded = {}
 
@@ -162,7 +164,7 @@ class FrozenLM:
                 model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                     self.name, revision=self.revision, **options
                 )
-        except Exception as error:  # a stranger's files can fail anywhere
+        except Exception as error:  # untrusted files can fail anywhere
             raise ValueError(
                 f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
                 "must be safetensors; pass a model loaded otherwise with `use_assistant`."
@@ -181,20 +183,20 @@ class FrozenLM:
         device: torch.device,
         user: object | None = None,
     ) -> Tensor:
-        """Read prompts that end in thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]`.
+        """Read prompts with thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]`.
 
         Args:
-            input_ids: `(B, P + N)` int64, left-padded, the last N columns being the thought positions.
+            input_ids: `(B, P + N)` int64, left-padded. The last N columns are the thought positions.
             attention_mask: `(B, P + N)`, 1 = attended.
             num_thoughts: N.
-            device: Where the base's embeddings are; the result goes there.
-            user: Who asks: an object of the base, which keeps the model on `device` in memory while it lives.
+            device: Device of the base's embeddings. The result is moved there.
+            user: Object of the base. While it lives, the model on `device` stays in memory.
 
         Returns:
             The last hidden states at the thought positions, `(B, N, H_assistant)`, in the assistant's dtype.
 
         Raises:
-            ValueError: The input is longer than the assistant has positions for.
+            ValueError: The input is longer than the assistant's number of positions.
         """
         limit = position_limit(self.config)
         if limit is not None and input_ids.shape[1] > limit:
@@ -205,8 +207,8 @@ class FrozenLM:
             )
         backbone = self._backbone(device, user)
         where = backbone.model.device
-        at = device if where.type == "meta" else where  # accelerate's hooks move the inputs of offloaded ones
-        # the same thoughts in training and inference
+        at = device if where.type == "meta" else where  # accelerate's hooks move the inputs of offloaded models
+        # Training and inference compute the same thoughts.
         with torch.autocast(at.type, enabled=False), evaluating(backbone.model):
             hidden = backbone.last_states(input_ids.to(at), attention_mask.to(at), num_thoughts)
         return hidden.to(device)

@@ -1,4 +1,4 @@
-"""Names of models in configs: Hub ids, folders, or names of loaded ones."""
+"""Hints for error messages about model names in configs: Hub ids, folders or registered names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def missing_folder(name: str) -> str:
-    """Where a name would be a folder, for messages; empty where it is one, or an absolute path."""
+    """Return where a relative name would be a folder; empty if the folder exists or the path is absolute."""
     if os.path.isabs(name) or os.path.exists(name):
         return ""
     return (
-        f"As a relative path, it stands for {os.path.abspath(name)!r} from here, which does not exist: start where it "
-        "was given, or pass an absolute path. "
+        f"As a relative path, it refers to {os.path.abspath(name)!r}, which does not exist: run from the folder that "
+        "it is relative to, or pass an absolute path. "
     )

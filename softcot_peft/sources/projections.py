@@ -1,4 +1,4 @@
-"""Projections: the trained modules from a source's hidden states to the base's input embeddings."""
+"""Projections: trained modules that map a source's hidden states to the base's input embeddings."""
 
 from __future__ import annotations
 
@@ -16,18 +16,30 @@ _registered: dict[str, type[nn.Module]] = {}
 
 
 def register_projection(name: str) -> Callable[[_P], _P]:
-    """Register a projection under the name that `SoftCoTConfig(projection=...)` refers to. A class decorator.
+    """Register a projection class under the name that `SoftCoTConfig(projection=...)` refers to. A class decorator.
 
-        @register_projection("mlp")
-        class MLP(nn.Sequential):
-            def __init__(self, source_size: int, base_size: int, init_weights: bool) -> None:
-                super().__init__(nn.Linear(source_size, 256), nn.GELU(), nn.Linear(256, base_size))
-
-    The class is made with `(source_size, base_size, init_weights)`; its `forward` maps `(B, K, N, source_size)` to
+    The class takes `(source_size, base_size, init_weights)`. Its `forward` maps `(B, K, N, source_size)` to
     `(B, K, N, base_size)`. Its parameters are trained and saved.
 
+    Args:
+        name: The name that configs refer to.
+
+    Returns:
+        The decorator, which returns the class unchanged.
+
     Raises:
-        ValueError: Another class has the name already.
+        ValueError: Another class is registered under the name.
+
+    Example:
+        ```python
+        from softcot_peft.sources import register_projection
+        from torch import nn
+
+        @register_projection("two_layers")
+        class TwoLayers(nn.Sequential):
+            def __init__(self, source_size: int, base_size: int, init_weights: bool) -> None:
+                super().__init__(nn.Linear(source_size, 256), nn.GELU(), nn.Linear(256, base_size))
+        ```
     """
 
     def register(projection: _P) -> _P:
@@ -41,10 +53,10 @@ def register_projection(name: str) -> Callable[[_P], _P]:
 
 
 def make_projection(name: str, source_size: int, base_size: int, init_weights: bool) -> nn.Module:
-    """Make the projection that a config names.
+    """Create the projection that a config names.
 
     Raises:
-        ValueError: No projection has the name.
+        ValueError: No projection is registered under the name.
     """
     if name not in _registered:
         raise ValueError(
@@ -61,8 +73,8 @@ class LinearProjection(nn.Linear):
     Args:
         source_size: Width of t.
         base_size: Width of s.
-        init_weights: `True`: the usual initialisation of a linear layer. `False`: standard normal values, large enough
-            to see in a test.
+        init_weights: `True`: the default initialisation of `nn.Linear`. `False`: standard normal values, large enough
+            for tests to see an effect.
     """
 
     def __init__(self, source_size: int, base_size: int, init_weights: bool = True) -> None:
@@ -75,9 +87,9 @@ class LinearProjection(nn.Linear):
         """Project `(..., H_source)` to `(..., H_base)`, in the projection's dtype and on its device.
 
         Raises:
-            RuntimeError: The weights are sharded or offloaded and not brought in, or were never loaded.
+            RuntimeError: The weights are sharded or offloaded and not gathered, or were never loaded.
         """
-        if not is_whole(self.weight):  # asked here, behind the hooks with which accelerate brings weights in
+        if not is_whole(self.weight):  # checked here, after accelerate's hooks have loaded offloaded weights
             raise RuntimeError(
                 "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
                 "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
@@ -91,8 +103,8 @@ class LinearProjection(nn.Linear):
 def project(projection: nn.Module, states: Tensor) -> Tensor:
     """Project states `(B, K, N, H_source)` to `(B, K, N, H_base)`, in the projection's dtype, outside of autocast."""
     weight = next(projection.parameters(), None)
-    if weight is not None:  # one that is offloaded does not say where it will run
+    if weight is not None:  # offloaded weights do not show the device they run on
         states = states.to(weight) if is_whole(weight) else states.to(weight.dtype)
-    with torch.autocast(states.device.type, enabled=False):  # the same thoughts in training and inference
+    with torch.autocast(states.device.type, enabled=False):  # training and inference compute the same
         projected: Tensor = projection(states)
     return projected

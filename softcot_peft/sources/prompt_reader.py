@@ -1,4 +1,4 @@
-"""Turns the base's prompts into the assistant's input: ids, text, template, padding. Runs no model."""
+"""Builds the assistant's input from the base's prompts: decoding, templates, tokenization, padding. Runs no model."""
 
 from __future__ import annotations
 
@@ -16,77 +16,77 @@ from transformers import PreTrainedTokenizerBase
 from ..config import SoftCoTConfig
 from .frozen_lm import FrozenLM
 
-# What chat templates write as today's date: the day that Llama 3.2's falls back to. A macro takes the place of
-# transformers' function, since whatever a template is given becomes data (5.23).
+# The date that chat templates render as today: the fallback date of Llama 3.2's template. A macro replaces
+# transformers' function `strftime_now`, since a template's arguments are converted to plain data (transformers 5.23).
 DATE = "2024-07-26"
 _DIRECTIVES = f"""%F {DATE} %Y 2024 %y 24 %m 07 %-m 7 %B July %b Jul %d 26 %-d 26 %e 26 %A Friday %a Fri %j 208
     %T 00:00:00 %H 00 %-H 0 %I 12 %-I 12 %p AM %M 00 %S 00""".split()
-_WRITTEN = "".join(map(" | replace('{}', '{}')".format, _DIRECTIVES[::2], _DIRECTIVES[1::2]))
-_FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_WRITTEN} }}}}{{% endmacro %}}\n"
+_REPLACEMENTS = "".join(map(" | replace('{}', '{}')".format, _DIRECTIVES[::2], _DIRECTIVES[1::2]))
+_FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACEMENTS} }}}}{{% endmacro %}}\n"
 
-# A user's turn that shows whether a chat template changes, cuts or drops any of it.
+# A user message that shows whether a chat template changes, truncates or drops text.
 _PROBE = " \"Is 3 < 4 && x_1 == 'é'?\" <b>No:</b>\n\n\t- {{ a }} \\n\n" + "  Tom has 12 apples, and eats 7.\n" * 300
-_RARE = "\N{CUNEIFORM SIGN A}"  # which only tokenizers of bytes have tokens for
-_OTHER = "Give another one with `use_assistant(model, tokenizer, name=...)`"
+_RARE_CHARACTER = "\N{CUNEIFORM SIGN A}"  # only byte-level tokenizers have tokens for it
+_USE_ANOTHER = "Give another one with `use_assistant(model, tokenizer, name=...)`"
 
 
 @dataclass
 class PromptReader:
-    """What one adapter needs to make the assistant's input."""
+    """Builds the assistant's input for one adapter."""
 
     config: SoftCoTConfig  # the adapter's config
     assistant: FrozenLM
-    # The base's tokenizer, or `None` where the prompt's ids are fed as they are.
-    base_tokenizer: PreTrainedTokenizerBase | None
-    assistant_thought_token_id: int  # what stands at the thought positions of the assistant's input
+    base_tokenizer: PreTrainedTokenizerBase | None  # `None`: the assistant reads the base's ids
+    assistant_thought_token_id: int  # token at the thought positions of the assistant's input
     in_parts: bool = False  # whether the assistant's chat template takes content as a list of parts
     _warned: bool = field(default=False, init=False, repr=False)
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> tuple[Tensor, Tensor]:
-        """Make the assistant's input from the prompts of a batch.
+        """Build the assistant's input for the prompts of a batch.
 
         Args:
-            prompt_ids: `(B, P)` ids of the base, the prompts' ends in the last column.
+            prompt_ids: `(B, P)` ids of the base. Prompts end in the last column.
             prompt_mask: `(B, P)`, 1 = part of the prompt.
             num_thoughts: N.
 
         Returns:
-            Ids and mask, both `(B, P' + N)`, left-padded, the last N columns being the thought positions.
+            Ids and mask, both `(B, P' + N)`, left-padded. The last N columns are the thought positions.
 
         Raises:
-            ValueError: Part of a prompt cannot be read, or has no embedding.
+            ValueError: A tokenizer or an embedding lacks a token of a prompt, or a chat template changes a prompt.
         """
         if self.base_tokenizer is not None:
             texts = self._decode(self.base_tokenizer, prompt_ids, prompt_mask)
             with self.assistant.lock:
                 prompt_ids, prompt_mask = self._encode(texts, num_thoughts)
-        elif len(self._known) < self._num_known:  # some are missing in between, which `shared_vocabulary` does not say
-            self._check_known(self.assistant.tokenizer, _rows(prompt_ids, prompt_mask))
+        elif len(self._known_ids) < self._known_limit:  # gaps that `shared_vocabulary` does not show
+            self._check_known_ids(self.assistant.tokenizer, _unpadded(prompt_ids, prompt_mask))
         size = (prompt_ids.shape[0], num_thoughts)
         thoughts = prompt_ids.new_full(size, self.assistant_thought_token_id)
         return torch.cat([prompt_ids, thoughts], 1), torch.cat([prompt_mask, prompt_mask.new_ones(size)], 1)
 
     @property
     def shared_vocabulary(self) -> int | None:
-        """How many ids of the base the assistant knows and has embeddings for; `None` where it reads text."""
-        return None if self.base_tokenizer is not None else min(self.assistant.vocabulary, self._num_known)
+        """Number of base ids that the assistant's tokenizer and embeddings cover; `None` if it reads text."""
+        return None if self.base_tokenizer is not None else min(self.assistant.vocabulary, self._known_limit)
 
     @cached_property
-    def _known(self) -> frozenset[int]:
-        """The prompt's ids that can be read: by the base's tokenizer, or by the assistant where it reads ids."""
+    def _known_ids(self) -> frozenset[int]:
+        """Ids that the base's tokenizer, or the assistant's if it reads ids, has tokens for."""
         tokenizer = self.assistant.tokenizer if self.base_tokenizer is None else self.base_tokenizer
         return frozenset(tokenizer.get_vocab().values())
 
     @cached_property
-    def _num_known(self) -> int:
-        return max(self._known) + 1
+    def _known_limit(self) -> int:
+        """The largest known id, plus one."""
+        return max(self._known_ids) + 1
 
-    def _check_known(self, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> None:
-        """Refuse ids that a tokenizer has no token for, which would be left out of the text."""
+    def _check_known_ids(self, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> None:
+        """Reject ids that a tokenizer has no token for; decoding would drop them."""
         found = set().union(*rows)
-        if not found <= self._known:
-            self.__dict__.pop("_known", None)  # tokens may have been added since
-        if unknown := sorted(found - self._known):
+        if not found <= self._known_ids:
+            self.__dict__.pop("_known_ids", None)  # tokens may have been added since
+        if unknown := sorted(found - self._known_ids):
             raise ValueError(
                 f"`input_ids` must be known to the tokenizer that reads the prompts, {tokenizer.name_or_path!r}, got "
                 f"{unknown[:5]}, which it has no token for. If they are tokens added in memory, call "
@@ -95,20 +95,22 @@ class PromptReader:
             )
 
     def _decode(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
-        """The prompts' text, without the base's special tokens."""
-        rows = _rows(prompt_ids, prompt_mask)
-        self._check_known(tokenizer, rows)
+        """Decode prompts without the base's special tokens."""
+        rows = _unpadded(prompt_ids, prompt_mask)
+        self._check_known_ids(tokenizer, rows)
         return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode(self, texts: list[str], num_thoughts: int) -> tuple[Tensor, Tensor]:
-        """Tokenize for the assistant, through the template and its chat template, and pad on the left."""
+        """Apply `assistant_prompt` and the chat template, tokenize for the assistant, and pad on the left."""
         tokenizer, limit = self.assistant.tokenizer, self.assistant.vocabulary
         special = list(tokenizer.get_added_vocab())
-        rows = self._ids([self._render(text, num_thoughts) for text in texts], add_special_tokens=not self._chats)
+        rows = self._ids(
+            [self._render(text, num_thoughts) for text in texts], add_special_tokens=not self._uses_chat_template
+        )
         for row, text in enumerate(texts):
             if any(token in text for token in special):
-                rows[row] = self._encode_spelled(text, num_thoughts)
-        if not self._chats:
+                rows[row] = self._encode_as_text(text, num_thoughts)
+        if not self._uses_chat_template:
             end = _num_end_tokens(tokenizer)
             rows = [row[: len(row) - end] for row in rows]
         if (largest := max(map(max, filter(None, rows)), default=0)) >= limit:
@@ -117,9 +119,9 @@ class PromptReader:
                 f"has {limit}, and the prompts hold id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}). Give "
                 "the tokenizer that it was trained with to `use_assistant(model, tokenizer, name=...)`."
             )
-        self._warn_of_lost(texts)
+        self._warn_dropped(texts)
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-        padding = tokenizer.pad_token_id  # masked, so that any id that has an embedding will do
+        padding = tokenizer.pad_token_id  # masked, so any id with an embedding works
         padding = padding if padding is not None and padding < limit else 0
         return (
             pad_sequence(ids, batch_first=True, padding_value=padding, padding_side="left"),
@@ -127,14 +129,14 @@ class PromptReader:
         )
 
     def _ids(self, texts: list[str], **options: bool) -> list[list[int]]:
-        """Ids of whole texts, whatever padding and truncation the tokenizer was saved with."""
+        """Tokenize whole texts, regardless of the padding and truncation that the tokenizer was saved with."""
         return list(self.assistant.tokenizer(texts, padding=False, truncation=False, **options)["input_ids"])
 
-    def _warn_of_lost(self, texts: list[str]) -> None:
-        """Say once which words the assistant's tokenizer has no tokens for."""
-        if self._warned or not self._can_lose:
+    def _warn_dropped(self, texts: list[str]) -> None:
+        """Warn once about words that the assistant's tokenizer has no tokens for."""
+        if self._warned or not self._drops_words:
             return
-        if lost := self._lost(dict.fromkeys(word for text in texts for word in text.split())):
+        if lost := self._dropped_words(dict.fromkeys(word for text in texts for word in text.split())):
             self._warned = True
             words = [word[:30] for word in lost[:10]]
             warnings.warn(
@@ -145,27 +147,28 @@ class PromptReader:
             )
 
     @cached_property
-    def _can_lose(self) -> bool:
-        return bool(self._lost([_RARE]))
+    def _drops_words(self) -> bool:
+        """Whether the assistant's tokenizer drops any text; byte-level tokenizers do not."""
+        return bool(self._dropped_words([_RARE_CHARACTER]))
 
-    def _lost(self, words: Iterable[str]) -> list[str]:
-        """Words that the assistant's tokenizer drops or makes unknown tokens of."""
+    def _dropped_words(self, words: Iterable[str]) -> list[str]:
+        """Return the words that the assistant's tokenizer drops or maps to the unknown token."""
         words, unknown = list(words), self.assistant.tokenizer.unk_token_id
         rows = self._ids(words, add_special_tokens=False, split_special_tokens=True) if words else []
         return [word for word, row in zip(words, rows, strict=True) if not row or unknown in row]
 
     @property
-    def _chats(self) -> bool:
-        """Whether the assistant reads a user turn of its chat template, which writes special tokens itself."""
+    def _uses_chat_template(self) -> bool:
+        """Whether prompts go through the assistant's chat template, which writes special tokens itself."""
         return self.config.assistant_prompt is not None and self.assistant.tokenizer.chat_template is not None
 
     def _render(self, text: str, num_thoughts: int, once: bool = False) -> str:
-        """The text that the assistant reads for a prompt, up to where its answer begins."""
+        """Render what the assistant reads for a prompt, including the generation prompt."""
         template = self.config.assistant_prompt
         if template is not None:
             template = template.replace("{num_thought_tokens}", str(num_thoughts))
             text = template.replace("{prompt}", text)
-        if not self._chats:
+        if not self._uses_chat_template:
             return text
         content: Any = [{"type": "text", "text": text}] if self.in_parts else text
         message, tokenizer = [{"role": "user", "content": content}], self.assistant.tokenizer
@@ -175,22 +178,22 @@ class PromptReader:
             rendered = str(
                 tokenizer.apply_chat_template(message, chat_template=chat, add_generation_prompt=True, tokenize=False)
             )
-        except Exception as error:  # templates come with assistants, and run in transformers' sandbox
+        except Exception as error:  # untrusted templates, run in transformers' sandbox
             raise ValueError(
-                f"The chat template of the assistant {self.assistant.name!r} cannot be rendered: {error} {_OTHER}, or "
-                "leave `assistant_prompt` out."
+                f"The chat template of the assistant {self.assistant.name!r} cannot be rendered: {error} "
+                f"{_USE_ANOTHER}, or leave `assistant_prompt` out."
             ) from error
         found = rendered.count(text.strip())
         if found == 0 or (once and found > 1):
             raise ValueError(
                 f"The chat template of the assistant {self.assistant.name!r} must write the user's turn as it is, and "
-                f"once, but changes, cuts, drops or repeats it. {_OTHER}, or leave `assistant_prompt` out."
+                f"once, but changes, cuts, drops or repeats it. {_USE_ANOTHER}, or leave `assistant_prompt` out."
             )
         return rendered
 
     def check_chat_template(self) -> None:
-        """Find out how the assistant's chat template takes the user's turn, if it is used."""
-        if not self._chats:
+        """Detect whether the assistant's chat template, if it is used, takes content as a string or as parts."""
+        if not self._uses_chat_template:
             return
         try:
             self._render(_PROBE, self.config.num_thought_tokens, once=True)
@@ -201,23 +204,23 @@ class PromptReader:
             except ValueError:
                 raise error from None
 
-    def _encode_spelled(self, text: str, num_thoughts: int) -> list[int]:
-        """Encode a prompt that spells special tokens of the assistant: it gets their letters, not the tokens."""
-        if not self._chats:
+    def _encode_as_text(self, text: str, num_thoughts: int) -> list[int]:
+        """Encode a prompt that contains special tokens of the assistant as text: as letters, not as special tokens."""
+        if not self._uses_chat_template:
             return self._ids([self._render(text, num_thoughts)], split_special_tokens=True)[0]
-        # Only the templates' own text around the prompt may become special tokens.
+        # Only the templates' own text, around the prompt, may become special tokens.
         before, *after = self._render("\u0001", num_thoughts).split("\u0001")
         (content,) = self._ids([text], add_special_tokens=False, split_special_tokens=True)
         ids, *rest = self._ids([before, *after], add_special_tokens=False)
         return ids + [token_id for piece in rest for token_id in (*content, *piece)]
 
 
-def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The attended ids of each row."""
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the attended ids of each row."""
     return [row.tolist() for row in ids[mask.bool()].split(mask.sum(1).tolist())]
 
 
 def _num_end_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens, such as EOS, a tokenizer puts after every text; the thoughts continue the text itself."""
+    """Return the number of tokens, such as EOS, that a tokenizer appends. Thoughts follow the text without them."""
     added = tokenizer("a", padding=False, truncation=False, return_special_tokens_mask=True)["special_tokens_mask"]
     return int(added[::-1].index(0)) if 0 in added else 0

@@ -1,4 +1,4 @@
-"""`ThoughtSource`: what reads prompts and yields soft thoughts, and the registry of its kinds."""
+"""`ThoughtSource`, the base class of modules that turn prompts into soft thoughts, and their registry."""
 
 from __future__ import annotations
 
@@ -16,38 +16,53 @@ from .tokenizers import base_tokenizer, thought_token_id
 
 @dataclass(frozen=True)
 class BaseLM:
-    """What a source may know of the base LM."""
+    """The facts about the base LM that a source may use."""
 
     name_or_path: str | None
     hidden_size: int  # width of its input embeddings
-    vocab_size: int | None  # number of ids that it has embeddings for; `None` if its embedding does not say
+    vocab_size: int | None  # number of ids with an embedding; `None` if unknown
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a batch: the attended tokens before the thoughts, and nothing beyond."""
+    """The prompts of a batch: only the attended tokens before the thoughts."""
 
-    input_ids: Tensor  # ids of the base, `(B, P)`, the prompts' ends in the last column
+    input_ids: Tensor  # ids of the base, `(B, P)`; prompts end in the last column
     attention_mask: Tensor  # `(B, P)`, 1 = part of the prompt
-    device: torch.device  # where the base's input embeddings are, and the states are wanted
+    device: torch.device  # device of the base's input embeddings, and of the states to return
 
 
 class Precomputed(Protocol):
-    """States that were computed before; see [`use_thoughts`]."""
+    """Precomputed states; see [`use_thoughts`]."""
 
     def find(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor | None:
-        """The states of a batch's prompts, `(B, K * N * H_source)`; `None` if any is missing."""
+        """Return the states of a batch's prompts, `(B, K * N * H_source)`, or `None` if any is missing."""
 
 
 class ThoughtSource(nn.Module):
-    """Turns prompts into soft thoughts. One per adapter; its parameters are what is trained and saved.
+    """Base class of modules that turn prompts into soft thoughts. Each adapter has one and trains its parameters.
 
-    The work is divided in two. `read` makes states of the prompts, once per training step or `generate` call, before
-    the base runs. `project` turns states into soft thoughts within the forward of the base's input embedding, where
-    engines that shard or offload weights bring in those of this module. A subclass implements both:
+    A source works in two steps, and a subclass implements both. `read` computes states from the prompts, once per
+    training step or `generate` call, before the base runs. `project` maps the states to soft thoughts. It runs inside
+    the forward pass of the base's input embedding, where engines that shard or offload weights gather the source's.
 
-        @register_source("table")
-        class TableSource(ThoughtSource):
+    Trained parameters must belong to child modules of the source (below, `softcot_table.default.weight` in the model),
+    not to the source itself. Frozen models must stay outside the module tree, in an object that is not a module, so
+    that they are not saved, cast, counted or set to training mode with the base.
+
+    Args:
+        config: The adapter's config.
+        base: The base LM.
+
+    Example:
+        ```python
+        import torch
+        from softcot_peft import SoftCoTConfig
+        from softcot_peft.sources import BaseLM, Prompts, ThoughtSource, register_source
+        from torch import Tensor, nn
+
+        @register_source("prompt_hash")
+        class PromptHash(ThoughtSource):
             def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
                 super().__init__(config, base)
                 self.table = nn.Embedding(64, base.hidden_size)
@@ -60,16 +75,8 @@ class ThoughtSource(nn.Module):
             def project(self, states: Tensor) -> Tensor:
                 return self.table(states[..., 0])
 
-        config = SoftCoTConfig(thought_source="table", task_type="CAUSAL_LM")
-
-    Its parameters are those of its children (here `softcot_table.default.weight` in the model): none may be its own.
-
-    Frozen models that a source reads with stay outside the module tree (in an object that is no module), so that they
-    are not saved, cast, counted or put into training mode with the base.
-
-    Args:
-        config: The adapter's config.
-        base: The base LM.
+        config = SoftCoTConfig(thought_source="prompt_hash", task_type="CAUSAL_LM")
+        ```
     """
 
     kind: ClassVar[str]  # its registered name
@@ -86,38 +93,38 @@ class ThoughtSource(nn.Module):
 
     @classmethod
     def _needs_tokenizer(cls, config: SoftCoTConfig) -> bool:
-        """Whether the base's tokenizer is needed: to find the id of `thought_token`, or to decode prompts."""
+        """Return whether the source needs the base's tokenizer, to look up `thought_token` or to decode prompts."""
         return config.thought_token is not None
 
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
-        """Read prompts.
+        """Compute states from prompts.
 
         Args:
             prompts: The prompts of a batch.
             num_thoughts: N.
 
         Returns:
-            States `(B, K, N, H_source)`; may carry gradient. Rows do not depend on each other or on padding.
+            States `(B, K, N, H_source)`, which may require grad. A row must not depend on other rows or on padding.
         """
         raise NotImplementedError
 
     def read_own(
         self, input_ids: Tensor, attention_mask: Tensor | None, num_thoughts: int, rows: int, device: torch.device
     ) -> Tensor:
-        """Read the caller's own input for the source (`assistant_input_ids`).
+        """Compute states from an input that the caller provides (`assistant_input_ids`).
 
         Args:
-            input_ids: `(B, P + N)`, ending in N thought positions.
-            attention_mask: `(B, P + N)`; `None`: all attended.
+            input_ids: `(B, P + N)`. The last N columns are thought positions.
+            attention_mask: `(B, P + N)`. `None`: all tokens are attended.
             num_thoughts: N.
             rows: B.
-            device: Where the states are wanted.
+            device: Device of the states to return.
 
         Returns:
-            As `read`.
+            States, like `read`.
 
         Raises:
-            ValueError: The source reads the base's prompts only.
+            ValueError: The source only reads the base's prompts.
         """
         raise ValueError(
             f"`assistant_input_ids` must not be passed: thought source {self.kind!r} reads the base's prompts. Leave "
@@ -125,7 +132,7 @@ class ThoughtSource(nn.Module):
         )
 
     def states(self, prompts: Prompts, num_thoughts: int) -> Tensor:
-        """As `read`, unless the states were computed before."""
+        """Return precomputed states if there are any, else those of `read`."""
         known = None
         if self.precomputed is not None:
             known = self.precomputed.find(prompts.input_ids, prompts.attention_mask, num_thoughts)
@@ -134,38 +141,41 @@ class ThoughtSource(nn.Module):
         return known.view(len(known), self.num_chains, num_thoughts, -1).to(prompts.device)
 
     def project(self, states: Tensor) -> Tensor:
-        """Turn states `(B, K, N, H_source)` into soft thoughts `(B, K, N, H_base)`, of any dtype, on any device."""
+        """Map states `(B, K, N, H_source)` to soft thoughts `(B, K, N, H_base)` of any dtype, on any device."""
         raise NotImplementedError
 
     def forward(self, states: Tensor) -> Tensor:
-        """As `project`; hooks on this module see and may replace the soft thoughts."""
+        """Call `project`. Forward hooks on this module can read and replace the soft thoughts."""
         return self.project(states)
 
     def auxiliary_loss(self, thoughts: Tensor) -> Tensor | None:
-        """A scalar to add to the loss of training steps, of soft thoughts `(B, K, N, H_base)`; `None`: nothing."""
+        """Return a scalar to add to the training loss, given soft thoughts `(B, K, N, H_base)`, or `None`."""
         return None
 
     def checkpoint_tensors(self) -> dict[str, torch.Size]:
-        """Exactly the tensors that an adapter's file may hold, by name within this module."""
+        """Return the shapes of the tensors that an adapter file must hold, and no others, by name in this module."""
         return {name: full_shape(weight) for name, weight in self.named_parameters()}
 
     def check_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
-        """Reject tensors of a file, all of `checkpoint_tensors`, that do not fit; shapes are checked afterwards.
+        """Reject tensors of a file that belong to another base or source. Runs before their shapes are checked.
+
+        Args:
+            tensors: All tensors of `checkpoint_tensors`.
 
         Raises:
-            ValueError: The tensors are those of another base or source.
+            ValueError: The tensors do not match.
         """
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the states depend on beside the prompt and N, as numbers and texts for JSON; the same everywhere."""
+        """Return what the states depend on besides the prompt and N, as JSON values, the same in every process."""
         return {"thought_source": self.kind}
 
     def complete(self, config: SoftCoTConfig) -> None:
-        """Write into a config, before it is saved, what it takes to load the adapter years later."""
+        """Add what loading needs to a config before it is saved."""
         config.base_hidden_size = self.base.hidden_size
 
     def release(self) -> None:
-        """Let go of memory that reading needs, until the next prompt is read."""
+        """Free memory that only `read` needs, until its next call."""
 
 
 _S = TypeVar("_S", bound=type[ThoughtSource])
@@ -174,13 +184,31 @@ _registered: dict[str, type[ThoughtSource]] = {}
 
 
 def register_source(name: str) -> Callable[[_S], _S]:
-    """Register a thought source under the name that `SoftCoTConfig(thought_source=...)` refers to.
+    """Register a thought source under the name that `SoftCoTConfig(thought_source=...)` refers to. A class decorator.
 
-    A class decorator; see [`ThoughtSource`] for an example. Adapters name their source in `adapter_config.json`, so
-    that whoever loads one imports the module that registers it first.
+    `adapter_config.json` stores only the name. Import the module that registers the source before loading an adapter.
+
+    Args:
+        name: The name that configs refer to.
+
+    Returns:
+        The decorator, which returns the class with its `kind` set to the name.
 
     Raises:
-        ValueError: Another class has the name already.
+        ValueError: Another class is registered under the name.
+
+    Example:
+        ```python
+        from softcot_peft import SoftCoTConfig
+        from softcot_peft.sources import AssistantSource, register_source
+
+        @register_source("scaled_assistant")
+        class ScaledAssistant(AssistantSource):
+            def project(self, states):
+                return 0.5 * super().project(states)
+
+        config = SoftCoTConfig(thought_source="scaled_assistant", assistant_model_name_or_path="path/to/assistant")
+        ```
     """
 
     def register(source: _S) -> _S:
@@ -195,10 +223,10 @@ def register_source(name: str) -> Callable[[_S], _S]:
 
 
 def make_source(config: SoftCoTConfig, base: BaseLM) -> ThoughtSource:
-    """Make the source that a config names.
+    """Create the source that a config names.
 
     Raises:
-        ValueError: No source has the name, or it does not fit the base.
+        ValueError: No source is registered under the name, or it does not match the base.
     """
     if config.thought_source not in _registered:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Finds the base's tokenizer and the ids of thought tokens."""
+"""Finds the base's tokenizer and looks up the ids of thought tokens."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ _tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
 
 def use_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> str:
-    """Use an already loaded tokenizer of a base, such as one with tokens added in memory, to read prompts.
+    """Use an already loaded tokenizer for the base's prompts, for example one with tokens added in memory.
+
+    It is kept until the process ends or another tokenizer is registered under the same name. Adapters that are already
+    attached keep their tokenizer.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        name: The base's `name_or_path`, or the name that configs refer to. `None`: the tokenizer's `name_or_path`.
+
+    Returns:
+        The name. Pass it as `SoftCoTConfig(tokenizer_name_or_path=...)` if it is not the base's.
+
+    Raises:
+        TypeError: The tokenizer is not from transformers, or the name is not a string.
+        ValueError: The tokenizer has no name.
+
+    Example:
+        ```python
+        from peft import get_peft_model
+        from softcot_peft import use_tokenizer
 
         tokenizer.add_tokens(["<doc>"])
         base.resize_token_embeddings(len(tokenizer))
         use_tokenizer(tokenizer)
         model = get_peft_model(base, config)
-
-    It is kept for the life of the process, or until another one is given the same name. Adapters attached before keep
-    the tokenizer they have.
-
-    Args:
-        tokenizer: The base's tokenizer.
-        name: The name of the base, or of the tokenizer in configs. `None`: the tokenizer's own `name_or_path`.
-
-    Returns:
-        The name, for `SoftCoTConfig(tokenizer_name_or_path=...)` where it is not the base's.
-
-    Raises:
-        TypeError: The tokenizer is not one of transformers, or the name is no string.
-        ValueError: The tokenizer has no name.
+        ```
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`tokenizer` must be a loaded tokenizer of transformers, got {type(tokenizer).__name__}.")
@@ -49,7 +55,7 @@ def use_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -
 
 
 def base_tokenizer(config: SoftCoTConfig, base_name: str | None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer: the one given with `use_tokenizer`, else from where config, base or adapter say it is."""
+    """Return the tokenizer registered with `use_tokenizer`, else the one that the config, base or adapter names."""
     name = config.tokenizer_name_or_path or base_name or config.base_model_name_or_path
     remedy = (
         "Set it to the Hub id or folder of the base's tokenizer, or to the name of a loaded one, "
@@ -76,15 +82,15 @@ def base_tokenizer(config: SoftCoTConfig, base_name: str | None) -> PreTrainedTo
 def thought_token_id(
     config: SoftCoTConfig, tokenizer: PreTrainedTokenizerBase | None, base_vocabulary: int | None
 ) -> int | None:
-    """The id of `thought_token` in the base's vocabulary; `None` if the config names none.
+    """Return the id of `thought_token` in the base's vocabulary; `None` if the config names none.
 
     Args:
         config: The adapter's config.
         tokenizer: The base's tokenizer, if the config names a thought token.
-        base_vocabulary: Number of ids that the base has embeddings for; `None`: not checked.
+        base_vocabulary: Number of ids that the base has embeddings for. `None`: the id is not checked.
 
     Raises:
-        ValueError: It is not one token, or has no embedding.
+        ValueError: The thought token is not a single token, or has no embedding.
     """
     if config.thought_token is None or tokenizer is None:
         return None
@@ -100,7 +106,11 @@ def thought_token_id(
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str, field: str, whose: str, remedy: str) -> int:
-    """The id of a token that must be one token of a vocabulary."""
+    """Return the id of a text that must be a single token.
+
+    Raises:
+        ValueError: The vocabulary does not contain the token.
+    """
     found = tokenizer.get_vocab().get(token)
     if found is None:
         pieces = tokenizer.tokenize(token)
@@ -112,7 +122,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str, field: str, whose: 
 
 
 def assistant_thought_token_id(config: SoftCoTConfig, assistant: FrozenLM) -> int:
-    """What stands at the assistant's thought positions: the config's token, else unk, else eos, else pad."""
+    """Return the id at the assistant's thought positions: the config's token, else unk, else eos, else pad."""
     tokenizer, limit, token = assistant.tokenizer, assistant.vocabulary, config.assistant_thought_token
     if token is not None:
         remedy = "If it was added in memory, pass model and tokenizer to `use_assistant` first."

@@ -134,7 +134,7 @@ def test_other_errors_in_the_trial_decide(pair: Pair, caplog: pytest.LogCaptureF
     model.get_base_model().model.layers[1].register_forward_pre_hook(fail)
     for _ in range(2):
         assert step(model, batch)[0].logits is not None
-    assert caplog.text.count("it cannot go on from a cached prompt (no cache here)") == 1
+    assert caplog.text.count("it cannot continue from a cached prompt (no cache here)") == 1
 
 
 # What depends on the length of a pass

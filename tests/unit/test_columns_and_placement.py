@@ -173,7 +173,7 @@ def test_locate_is_the_first_label_or_the_end(
     ]
     assert (placement.num_thoughts, placement.inserted, placement.padded) == (num, True, any(padding))
     assert (placement.earliest, placement.latest) == (int(placement.start.min()), int(placement.start.max()))
-    assert placement.reach == max(end - start for end, start in zip(ends, placement.start.tolist(), strict=True))
+    assert placement.max_span == max(end - start for end, start in zip(ends, placement.start.tolist(), strict=True))
 
 
 @given(rows(), st.data())
@@ -192,7 +192,9 @@ def test_locate_finds_a_run_whatever_is_labelled(
     placement = locate(ids, None, torch.where(labelled, ids, -100), num + 1, thought_token_id=0)
     assert torch.equal(placement.start, start)
     assert (placement.num_thoughts, placement.inserted) == (num, False)
-    assert placement.late == any(bool(row[:at].any()) for row, at in zip(labelled, start.tolist(), strict=True))
+    assert placement.has_early_labels == any(
+        bool(row[:at].any()) for row, at in zip(labelled, start.tolist(), strict=True)
+    )
 
 
 def test_take_picks_columns_of_every_row() -> None:
