@@ -25,6 +25,14 @@ _STRING_FIELDS = (
     "assistant_thought_token",
     "tokenizer_name_or_path",
 )
+_ASSISTANT_FIELDS = (  # read by the source "assistant" alone
+    "assistant_model_name_or_path",
+    "assistant_revision",
+    "assistant_prompt",
+    "assistant_thought_token",
+    "assistant_shares_tokenizer",
+    "assistant_dtype",
+)
 _PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
 _BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
 _MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
@@ -58,8 +66,8 @@ class SoftCoTConfig(PeftConfig):
             `assistant_prompt`.
         tokenizer_name_or_path: Hub id or folder of the base's tokenizer if it is not with the base.
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`. `"auto"`: the checkpoint's dtype.
-        thought_source: Name of the thought source that reads the prompt: `"assistant"`, or a name registered with
-            [`~softcot_peft.sources.register_source`].
+        thought_source: Name of the thought source that reads the prompt: `"assistant"`; `"base"`, the base itself,
+            without a second model; or a name registered with [`~softcot_peft.sources.register_source`].
         projection: Name of the module that maps the source's states to soft thoughts: `"linear"`, or a name registered
             with [`~softcot_peft.sources.register_projection`].
         init_weights: `True`: the default initialisation of a linear layer. `False`: random values large enough for
@@ -178,6 +186,12 @@ class SoftCoTConfig(PeftConfig):
         for name in _NAME_FIELDS:
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(self, name)!r}.")
+        given = [name for name in _ASSISTANT_FIELDS if getattr(self, name) not in (None, "auto")]
+        if self.thought_source == "base" and given:
+            raise ValueError(
+                f"`{given[0]}` is read by `thought_source='assistant'` alone, got {getattr(self, given[0])!r} with "
+                "`thought_source='base'`, which has no assistant. Leave one of the two out."
+            )
         if self.thought_source == "assistant" and not self.assistant_model_name_or_path:
             raise ValueError(
                 "`assistant_model_name_or_path` must name the assistant, got "

@@ -110,9 +110,7 @@ class Host:
                 or has the same name.
             RuntimeError: The model is in training mode, but the source is offloaded and cannot be trained.
         """
-        self._check_other_adapters()
-        if self.model.training:
-            self.layer.check_trains()
+        self.check_ready()
         own_ids = own.get("assistant_input_ids")
         # Sharded or offloaded weights are stored elsewhere than they are used, which is on the device of the inputs.
         device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
@@ -128,6 +126,21 @@ class Host:
             return source.read(batch, num) if afresh else source.states(batch, num)
         finally:
             RUNNING.reset(token)
+
+    def read_after(self, source: ThoughtSource, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
+        """As `read`, after the base's cache of the prompts, `(B, P)`, for sources that share it."""
+        self.check_ready()
+        token = RUNNING.set(READING)
+        try:
+            return source.read_after(cache, prompt_mask, num_thoughts)
+        finally:
+            RUNNING.reset(token)
+
+    def check_ready(self) -> None:
+        """Reject adapters of other methods in the way, and training what is offloaded."""
+        self._check_other_adapters()
+        if self.model.training:
+            self.layer.check_trains()
 
     def filler(self, source: ThoughtSource) -> int:
         """Return the id for inserted thought positions: an ordinary one, because some models also inspect ids."""

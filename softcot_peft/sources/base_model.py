@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compat.caches import CACHE_NAME
 from ..compat.eval_mode import evaluating
-from ..compat.models import backbone_of, head_width, ordinary_token, takes_positions
+from ..compat.models import backbone_of, ordinary_token, states_width, takes_positions
 from ..config import SoftCoTConfig
 from ..rows.placement import positions
 from .backbone import Backbone
@@ -22,7 +22,7 @@ from .source import BaseLM, Prompts, ThoughtSource, register_source
 
 @register_source("base")
 class BaseSource(ThoughtSource):
-    """Reads prompts with the base itself, its adapter inactive: `t = Base([prompt; thought token x N])`, `s = W t + b`.
+    """Reads prompts with the base, its adapter inactive: `t = Base([prompt; thought token x N])`, `s = W t + b`.
 
     Nothing more is downloaded or held. If the base's cache can be shared, the prompt runs once: `read_after` reads the
     N thought positions after the cache of the prompt, which then serves the real pass.
@@ -47,7 +47,7 @@ class BaseSource(ThoughtSource):
         super().__init__(config, base)
         self.backbone = Backbone(backbone_of(base.model))  # no module: the base is frozen, and not the source's
         self._takes_positions = takes_positions(self.backbone.model)
-        width = head_width(base.model)
+        width = states_width(base.model)
         self.projection = make_projection(config.projection, width, base.hidden_size, config.init_weights)
         token = self.thought_token_id
         self.position_token_id = ordinary_token(base.model) if token is None else token
@@ -86,7 +86,7 @@ class BaseSource(ThoughtSource):
             inputs["position_ids"] = positions(mask)[:, -num_thoughts:]
         with self._reading(prompt_mask.device):
             states: Tensor = self.backbone.model(**inputs).last_hidden_state
-        cache.crop(prompt_mask.shape[1])
+        cache.crop(-num_thoughts)
         return states[:, None]
 
     @contextmanager
