@@ -29,6 +29,11 @@ class BaseSource(ThoughtSource):
 
     Example:
         ```python
+        from peft import get_peft_model
+        from softcot_peft import SoftCoTConfig
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained("path/to/base")
         config = SoftCoTConfig(thought_source="base", num_thought_tokens=8, task_type="CAUSAL_LM")
         model = get_peft_model(base, config)
         ```

@@ -135,15 +135,12 @@ class ThoughtSource(nn.Module):
         )
 
     def read_after(self, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
-        """Read the thought positions after the base's cache of the prompts, if `shares_cache`.
+        """As `read`, after the base's cache of the prompts, `(B, P)`, which is cropped to them again; if `shares_cache`.
 
         Args:
-            cache: Of the prompts, `(B, P)`; it holds the prompts alone again afterwards.
+            cache: Of the prompts.
             prompt_mask: `(B, P)`, 1 = part of the prompt.
             num_thoughts: N.
-
-        Returns:
-            As `read`.
         """
         raise NotImplementedError
 
