@@ -135,10 +135,10 @@ class ThoughtSource(nn.Module):
         )
 
     def read_after(self, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
-        """As `read`, after the base's cache of the prompts, `(B, P)`, which is cropped to them again; if `shares_cache`.
+        """As `read`, if `shares_cache`, after the base's cache of the prompts, which is cropped to them again.
 
         Args:
-            cache: Of the prompts.
+            cache: Of the prompts, `(B, P)`.
             prompt_mask: `(B, P)`, 1 = part of the prompt.
             num_thoughts: N.
         """

@@ -62,8 +62,8 @@ def test_only_helpers_reaches_into_the_package() -> None:
 
 ORDER = (  # imports point from later ones to earlier ones
     "_version", "compat", "rows", "checkpoint", "registration", "config_checks", "config", "sources", "embedding",
-    "passes", "guards", "check_base", "hooks", "attached", "loading", "tuner", "precompute", "_controls", "analysis", "live_rows",
-    "chat_template", "conversations", "__init__",
+    "passes", "guards", "check_base", "hooks", "attached", "loading", "tuner", "precompute", "_controls", "analysis",
+    "live_rows", "chat_template", "conversations", "__init__",
 )  # fmt: skip
 PACKAGE = ROOT / "softcot_peft"
 
