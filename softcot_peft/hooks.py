@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from .compat.caches import cache_length, find_cache
 from .compat.engines import uncompiled
-from .embedding import RUNNING, SoftCoTLayer
+from .embedding import SoftCoTLayer
 from .guards import WrappedMethod, backbones, guard, reject_backbone
 from .passes.cache_record import recall
 from .passes.decoding import Decoding
 from .passes.generate import generate, prepare_cache
 from .passes.generation import running_generation
-from .passes.host import READING, Host
+from .passes.host import Host
 from .passes.interface import Pass
 from .passes.prefill import Prefill
 from .passes.shared_prompt import PromptSharing
@@ -26,6 +26,7 @@ from .passes.two_pass import TwoPassTraining
 from .passes.two_pass_trial import TwoPassTrial
 from .passes.whole import WholeRows
 from .rows.arguments import OWN_NAMES, pop_own, tokens
+from .running import READING, RUNNING
 from .sources import ThoughtSource
 
 

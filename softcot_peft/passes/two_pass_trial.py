@@ -15,11 +15,11 @@ from ..compat.caches import cache_length, holds_attention_alone
 from ..compat.engines import uncompiled
 from ..compat.eval_mode import evaluating
 from ..compat.in_float32 import in_float32
-from ..embedding import RUNNING
 from ..rows.columns import take
 from ..rows.divide import cuts_by_row, divide, predicted
 from ..rows.facts import IGNORED
 from ..rows.placement import Placement
+from ..running import RUNNING
 from ..sources import ThoughtSource
 from .head_loss import cross_entropy
 from .host import Host
