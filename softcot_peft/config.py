@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,22 +12,7 @@ from peft import PeftConfig, PeftType, TaskType
 
 from .checkpoint.card import write_usage
 from .checkpoint.untrusted import has_only_pickle, pickle_message
-
-_INT_FIELDS = ("num_thought_tokens", "inference_num_thought_tokens")
-_NAME_FIELDS = ("thought_source", "projection")
-_STRING_FIELDS = (
-    *_NAME_FIELDS,
-    "assistant_model_name_or_path",
-    "assistant_revision",
-    "thought_token",
-    "assistant_prompt",
-    "assistant_thought_token",
-    "tokenizer_name_or_path",
-)
-_PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
-_BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
-_MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
-_PLACEMENTS = ("prompt_end", "thought_token")
+from .config_checks import check_types, check_values
 
 
 @dataclass
@@ -58,8 +42,8 @@ class SoftCoTConfig(PeftConfig):
             `assistant_prompt`.
         tokenizer_name_or_path: Hub id or folder of the base's tokenizer if it is not with the base.
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`. `"auto"`: the checkpoint's dtype.
-        thought_source: Name of the thought source that reads the prompt: `"assistant"`, or a name registered with
-            [`~softcot_peft.sources.register_source`].
+        thought_source: Name of the thought source that reads the prompt: `"assistant"`; `"base"`, the base itself,
+            without a second model; or a name registered with [`~softcot_peft.sources.register_source`].
         projection: Name of the module that maps the source's states to soft thoughts: `"linear"`, or a name registered
             with [`~softcot_peft.sources.register_projection`].
         init_weights: `True`: the default initialisation of a linear layer. `False`: random values large enough for
@@ -149,64 +133,8 @@ class SoftCoTConfig(PeftConfig):
                 f"`task_type` must be 'CAUSAL_LM' or None, got {str(self.task_type)!r}: soft thoughts "
                 "require a causal language model. Set `task_type='CAUSAL_LM'`."
             )
-        self._check_types()
-        self._check_values()
-
-    def _check_types(self) -> None:
-        for name in _STRING_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike) and name in _PATH_FIELDS:
-                value = os.fspath(value)
-                setattr(self, name, value)
-            if value is not None and not isinstance(value, str):
-                raise TypeError(
-                    f"`{name}` must be a string, got {type(value).__name__}."
-                    + (" Pass a loaded model with `use_assistant`." if name == _PATH_FIELDS[0] else "")
-                )
-        for name in _INT_FIELDS:
-            value = getattr(self, name)
-            if value is None and name != _INT_FIELDS[0]:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-        for name in _BOOL_FIELDS:
-            value = getattr(self, name)
-            if not isinstance(value, bool) and (value is not None or name != _BOOL_FIELDS[0]):
-                raise TypeError(f"`{name}` must be True or False, got {value!r}.")
-
-    def _check_values(self) -> None:
-        for name in _NAME_FIELDS:
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(self, name)!r}.")
-        if self.thought_source == "assistant" and not self.assistant_model_name_or_path:
-            raise ValueError(
-                "`assistant_model_name_or_path` must name the assistant, got "
-                f"{self.assistant_model_name_or_path!r}. Pass a Hub id, a folder, or the name of a loaded model given "
-                "to `use_assistant`."
-            )
-        for name in _INT_FIELDS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-            if value is not None and value > _MAX_THOUGHTS:
-                raise ValueError(f"`{name}` must be at most {_MAX_THOUGHTS}, got {value}.")
-        if self.placement not in _PLACEMENTS:
-            raise ValueError(f"`placement` must be one of {_PLACEMENTS}, got {self.placement!r}.")
-        if self.placement == "thought_token" and not self.thought_token:
-            raise ValueError(
-                "`placement='thought_token'` needs `thought_token`, got None. Name the token of the base's vocabulary "
-                "that marks thought positions, or use `placement='prompt_end'`."
-            )
-        if self.assistant_prompt is not None and "{prompt}" not in self.assistant_prompt:
-            raise ValueError(
-                f"`assistant_prompt` must contain '{{prompt}}', got {self.assistant_prompt!r}. Write {{prompt}} where "
-                "the base's prompt belongs."
-            )
-        if self.assistant_prompt is not None and self.assistant_shares_tokenizer:
-            raise ValueError(
-                "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
-                "are) contradicts it. Leave one of the two at None."
-            )
+        check_types(self)
+        check_values(self)
 
     @classmethod
     def from_pretrained(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .checkpoint.weights import OWN, name_in_model
 from .compat.engines import full_shape, uncompiled
 from .rows.columns import write_thoughts
+from .running import RUNNING
 from .sources import ThoughtSource
 
 
@@ -31,16 +31,6 @@ class Writing:
     start: Tensor
     shape: torch.Size  # `(B * K, L)`, shape of the ids with thought positions; other ids are only looked up
     thoughts: Tensor | None = None  # the written thoughts, `(B, K, N, H_base)`; `None` until then
-
-
-class Running(Protocol):
-    """The part of a running pass that the embedding uses."""
-
-    writing: Writing | None
-
-
-# The running pass. One per thread, so that threads can share a model.
-RUNNING: ContextVar[Running | None] = ContextVar("softcot_pass", default=None)
 
 
 class SoftCoTLayer(nn.Module, BaseTunerLayer):

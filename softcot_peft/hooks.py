@@ -12,19 +12,21 @@ from transformers import PreTrainedModel
 
 from .compat.caches import cache_length, find_cache
 from .compat.engines import uncompiled
-from .embedding import RUNNING, SoftCoTLayer
+from .embedding import SoftCoTLayer
 from .guards import WrappedMethod, backbones, guard, reject_backbone
 from .passes.cache_record import recall
 from .passes.decoding import Decoding
 from .passes.generate import generate, prepare_cache
 from .passes.generation import running_generation
-from .passes.host import READING, Host
+from .passes.host import Host
 from .passes.interface import Pass
 from .passes.prefill import Prefill
+from .passes.shared_prompt import PromptSharing
 from .passes.two_pass import TwoPassTraining
 from .passes.two_pass_trial import TwoPassTrial
 from .passes.whole import WholeRows
 from .rows.arguments import OWN_NAMES, pop_own, tokens
+from .running import READING, RUNNING
 from .sources import ThoughtSource
 
 
@@ -43,6 +45,7 @@ class ThoughtHooks:
         self.model = model
         self.host = Host(model, layer)
         self.trial = TwoPassTrial(self.host)
+        self.sharing = PromptSharing(self.host)
         self.host.handles += [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True),
@@ -111,7 +114,7 @@ class ThoughtHooks:
         if generation is not None and generation.prefilled and after_cache:
             return Decoding(host, source, generation.placement_of(len(tokens(inputs))))
         if generation is not None:
-            return Prefill(host, source, generation)
+            return Prefill(host, source, generation, self.sharing)
         if after_cache:
             return Decoding(host, source)
         trains = self.model.training and torch.is_grad_enabled() and inputs.get("labels") is not None

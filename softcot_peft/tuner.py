@@ -137,7 +137,7 @@ class SoftCoTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, SoftCoTLayer) else SoftCoTLayer(check_plain(target))
-        base = BaseLM(self.model.name_or_path, layer.base_hidden_size, layer.vocabulary)
+        base = BaseLM(self.model.name_or_path, layer.base_hidden_size, layer.vocabulary, self.model)
         source = make_source(cast(SoftCoTConfig, peft_config), base)
         layer.update_layer(adapter_name, source)
         # Not `_replace_module`: it moves the adapter to the device of the embedding's weight. If accelerate has

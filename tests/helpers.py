@@ -18,8 +18,9 @@ from softcot_peft.compat.engines import is_whole, loaded_whole
 from softcot_peft.compat.eval_mode import evaluating
 from softcot_peft.compat.models import rotary_switch
 from softcot_peft.compat.releases import tokenizer_state
-from softcot_peft.passes import head_loss
+from softcot_peft.passes import head_loss, two_pass
 from softcot_peft.passes.generation import Generation
+from softcot_peft.passes.shared_prompt import PromptSharing
 from softcot_peft.precompute.lookup import prompt_keys
 from softcot_peft.rows.columns import insert, insert_positions, restore, restore_keys, take
 from softcot_peft.rows.locate import locate
@@ -207,6 +208,12 @@ def wrap_encoding(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Callable[...,
 def never_share_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of one prompt are prefilled one by one."""
     monkeypatch.setattr(Generation, "shares", lambda self, inputs, cache: False)
+
+
+def never_share_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that is its own source reads prompts apart from the real pass."""
+    monkeypatch.setattr(PromptSharing, "allows", lambda self, *args: False)
+    monkeypatch.setattr(two_pass, "shares_prompts", lambda *args: False)
 
 
 def limit_parameters(monkeypatch: pytest.MonkeyPatch, most: int) -> None:

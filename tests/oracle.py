@@ -31,6 +31,7 @@ class Oracle:
         bias: b, `(H_base,)`.
         num: N.
         same_ids: Whether the assistant reads the base's ids.
+        filler: What stands at the assistant's thought positions; `None`: its unk token, else its eos token.
     """
 
     base_folder: Path
@@ -39,6 +40,7 @@ class Oracle:
     bias: Tensor
     num: int
     same_ids: bool = False
+    filler: int | None = None
 
     def __post_init__(self) -> None:
         self.base = AutoModelForCausalLM.from_pretrained(self.base_folder).eval()
@@ -67,6 +69,7 @@ class Oracle:
         """`s = W t + b`, `(N, H_base)`."""
         unk = self.assistant_tokenizer.unk_token_id
         filler = unk if unk is not None else self.assistant_tokenizer.eos_token_id
+        filler = filler if self.filler is None else self.filler
         ids = torch.tensor([self.assistant_ids(prompt) + [filler] * self.num])
         hidden = self.assistant(ids, output_hidden_states=True).hidden_states[-1][0, -self.num :]
         return hidden @ self.weight.T + self.bias

@@ -63,6 +63,11 @@ def is_dynamic(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(type(layer) in kinds for layer in layers)
 
 
+def can_crop(cache: Any) -> bool:
+    """Whether a cache can be cropped again after a few more tokens: sliding windows drop what leaves them."""
+    return is_dynamic(cache) and not any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
+
+
 def fixed_length(cache: Any, config: PretrainedConfig) -> int | None:
     """Return the capacity in tokens of a cache of fixed size; `None` if the cache grows.
 

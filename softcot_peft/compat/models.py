@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -79,6 +80,24 @@ def head_width(model: PreTrainedModel) -> int:
             f"The assistant's hidden states must be at most {_MAX_WIDTH} wide, got {width}. No LM is wider."
         )
     return width
+
+
+def states_width(model: PreTrainedModel) -> int:
+    """Width of the last hidden states of a causal LM's backbone.
+
+    Some heads reduce it first (ELECTRA, RoFormer, RemBERT), and `config.hidden_size` is not it everywhere (OPT-350M).
+    Where the two differ, the backbone runs on one token.
+    """
+    width = head_width(model)
+    if width == getattr(model.config.get_text_config(decoder=True), "hidden_size", None):
+        return width
+    backbone = backbone_of(model)
+    if backbone.device.type == "meta":
+        return width
+    with torch.no_grad():
+        ids = torch.full((1, 1), ordinary_token(model), device=backbone.device)
+        states: Tensor = backbone.forward(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+    return int(states.shape[-1])
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

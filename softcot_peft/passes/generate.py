@@ -6,6 +6,7 @@ strings, streamers, lengths, scores and draft models see the same as without an 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from .cache_record import check_room, forget
 from .generation import GENERATION, Generation, distinct_rows, running_generation
 from .host import Host
 from .options import check_options, infer_mask, max_new
+from .shared_prompt import shares_prompts
 
 
 def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -70,10 +72,13 @@ def _start(host: Host, inputs: dict[str, Any], source: ThoughtSource, own: dict[
     first, prompt = distinct_rows(model, inputs, own, mask)
     ids = inputs.get("input_ids")
     distinct = placement if len(first) == len(prompt) else placement.select(first)
-    states = host.read(ids if ids is None else ids[first], distinct, source, own)
+    read = functools.partial(host.read, ids if ids is None else ids[first], distinct, source, own)
     if placement.padded and (mask[:, -1] == 0).any():
         placement = _align(inputs, placement, mask)
-    return Generation(model, placement, states, mask.shape[1], first, prompt)
+    generation = Generation(model, placement, read, mask.shape[1], first, prompt)
+    if not shares_prompts(host, source, placement, own):
+        _ = generation.states  # before anything of the base runs
+    return generation
 
 
 def _align(inputs: dict[str, Any], placement: Placement, mask: Tensor) -> Placement:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,12 +27,17 @@ class Generation:
 
     model: nn.Module  # the base
     placement: Placement  # the thought positions; the prompts end in the last column
-    states: Tensor  # the source's states for D distinct prompts, `(D, K, N, H_source)`
+    read: Callable[[], Tensor]  # runs the source on D distinct prompts: states `(D, K, N, H_source)`
     length: int  # number of columns of the prompts
     first: Tensor  # the first row of each distinct prompt, `(D,)`
     prompt: Tensor  # index of each row's distinct prompt, `(B,)`
     consumed: int = 0  # columns processed so far; fewer than `length` during chunked prefill
     _expanded: Placement | None = None
+
+    @cached_property
+    def states(self) -> Tensor:
+        """The source's states for D distinct prompts, `(D, K, N, H_source)`; read once."""
+        return self.read()
 
     def placement_of(self, rows: int) -> Placement:
         """Return the placement with each row repeated for its beams or returned sequences; cached."""
@@ -58,6 +65,11 @@ class Generation:
         times = len(tokens(inputs)) // len(self.prompt)
         inputs.update({name: inputs[name][times * self.first] for name in inputs if not _is_shared(inputs[name])})
         return self.placement.select(self.first)
+
+    @property
+    def has_read(self) -> bool:
+        """Whether the source has read the prompts."""
+        return "states" in self.__dict__
 
     @property
     def prefilled(self) -> bool:

@@ -17,20 +17,12 @@ from ..compat.engines import is_whole
 from ..compat.models import argument_names, ordinary_token, takes_positions
 from ..compat.releases import attached_configs
 from ..config import SoftCoTConfig
-from ..embedding import RUNNING, SoftCoTLayer, Writing
+from ..embedding import SoftCoTLayer
 from ..rows.arguments import tokens, unshift
 from ..rows.locate import locate
 from ..rows.placement import Placement, prompts
+from ..running import reading
 from ..sources import Prompts, ThoughtSource
-
-
-class Reading:
-    """The running pass while a source reads. The assistant may be the base itself, so nothing is written."""
-
-    writing: Writing | None = None
-
-
-READING = Reading()
 
 
 class Host:
@@ -110,15 +102,12 @@ class Host:
                 or has the same name.
             RuntimeError: The model is in training mode, but the source is offloaded and cannot be trained.
         """
-        self._check_other_adapters()
-        if self.model.training:
-            self.layer.check_trains()
+        self.check_ready()
         own_ids = own.get("assistant_input_ids")
         # Sharded or offloaded weights are stored elsewhere than they are used, which is on the device of the inputs.
         device = self.layer.weight.device if is_whole(self.layer.weight) else placement.start.device
         num = placement.num_thoughts
-        token = RUNNING.set(READING)
-        try:
+        with reading():
             if own_ids is not None:
                 rows = len(placement.start)
                 return source.read_own(own_ids, own.get("assistant_attention_mask"), num, rows, device)
@@ -126,8 +115,18 @@ class Host:
                 raise ValueError("`input_ids` must be given for the assistant to read, got none.")
             batch = Prompts(*prompts(input_ids, placement), device)
             return source.read(batch, num) if afresh else source.states(batch, num)
-        finally:
-            RUNNING.reset(token)
+
+    def read_after(self, source: ThoughtSource, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
+        """As `read`, after the base's cache of the prompts, `(B, P)`, for sources that share it."""
+        self.check_ready()
+        with reading():
+            return source.read_after(cache, prompt_mask, num_thoughts)
+
+    def check_ready(self) -> None:
+        """Reject adapters of other methods in the way, and training what is offloaded."""
+        self._check_other_adapters()
+        if self.model.training:
+            self.layer.check_trains()
 
     def filler(self, source: ThoughtSource) -> int:
         """Return the id for inserted thought positions: an ordinary one, because some models also inspect ids."""

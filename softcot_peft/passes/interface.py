@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..compat.caches import find_cache
-from ..embedding import RUNNING, Running, Writing
+from ..embedding import Writing
 from ..rows.arguments import insert_thoughts, tokens
 from ..rows.columns import restore
 from ..rows.placement import Placement, positions
+from ..running import RUNNING, Running
 from ..sources import ThoughtSource
 from .cache_record import check_room
 from .host import Host

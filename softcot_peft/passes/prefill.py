@@ -13,6 +13,7 @@ from ..sources import ThoughtSource
 from .generation import Generation
 from .host import Host
 from .interface import InsertingPass
+from .shared_prompt import ContinuedPass, PromptSharing
 
 
 class Prefill(InsertingPass):
@@ -22,13 +23,16 @@ class Prefill(InsertingPass):
         host: The host of the base.
         source: The active adapter's thought source.
         generation: The running `generate` call.
+        sharing: Whether the source can share the run of the prompts.
     """
 
+    continued: ContinuedPass | None = None  # the pass after the prompts, if the source has shared their run
     repeats: Tensor | None = None  # index of each caller's row among this pass's rows, `(B,)`; `None`: not shared
 
-    def __init__(self, host: Host, source: ThoughtSource, generation: Generation) -> None:
+    def __init__(self, host: Host, source: ThoughtSource, generation: Generation, sharing: PromptSharing) -> None:
         super().__init__(host, source)
         self.generation = generation
+        self.sharing = sharing
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Insert the thoughts, unless a later chunk of the prompts does."""
@@ -45,15 +49,21 @@ class Prefill(InsertingPass):
         if placement.inserted and not generation.prefilled:
             return  # thoughts are inserted into the last chunk
         rows = generation.prompts_of(batch)
-        if seen == 0 and cache_length(cache) == 0 and generation.shares(inputs, cache):
-            self.insert(inputs, generation.keep_distinct(inputs), generation.states)
-            self.repeats = rows
+        whole = seen == 0 and cache_length(cache) == 0
+        if whole and generation.shares(inputs, cache):
+            placement, self.repeats = generation.keep_distinct(inputs), rows
+        if whole and not generation.has_read and self.sharing.allows(inputs, placement, cache, self.source):
+            self.continued = ContinuedPass(self.host, self.source)
+            self.continued.begin_after(inputs, placement, cache)
+            self.placement, self.writing = placement, self.continued.writing
+        elif self.repeats is not None:
+            self.insert(inputs, placement, generation.states)
         else:
             self.insert(inputs, placement, generation.states[rows], seen)
 
     def finish(self, output: Any) -> Any:
         """Remove the thought positions from the output, and repeat shared rows."""
-        output = super().finish(output)
+        output = super().finish(output) if self.continued is None else self.continued.finish(output)
         if self.repeats is not None and self.placement is not None:
             cache = find_cache(output)
             output = repeat_rows(output, self.repeats, len(self.placement.start))

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from ..compat.caches import can_crop
 from ..rows.divide import divide
 from ..sources import ThoughtSource
 from .head_loss import HeadLoss
 from .host import Host
 from .response import ResponsePass, run_prompts
+from .shared_prompt import shares_prompts
 from .two_pass_trial import TwoPassTrial
 from .whole import WholeRows
 
@@ -37,13 +41,20 @@ class TwoPassTraining(WholeRows):
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Run the first pass, and replace the arguments with those of the second pass."""
-        placement, states = self.read(inputs)
-        if not self.trial.allows(inputs, placement, states, self.source):
-            self.insert_whole(inputs, placement, states)
-            return
-        host = self.host
-        rows = divide(inputs, placement, host.filler(self.source), host.takes_positions)
-        cache = run_prompts(host, self.source, rows)
+        (placement, own), host, source = self.locate(inputs), self.host, self.source
+        states = None
+        if not (shares_prompts(host, source, placement, own) and self.trial.is_proven(inputs, placement, source)):
+            states = host.read(inputs.get("input_ids"), placement, source, own)
+            if not self.trial.allows(inputs, placement, states, source):
+                self.insert_whole(inputs, placement, states)
+                return
+        rows = divide(inputs, placement, host.filler(source), host.takes_positions, source.shares_cache)
+        cache = run_prompts(host, source, rows)
+        if states is None and can_crop(cache):
+            mask = rows.prompt.get("attention_mask", torch.ones_like(rows.prompt["input_ids"]))
+            states = host.read_after(source, cache, mask, placement.num_thoughts)
+        elif states is None:
+            states = host.read(inputs.get("input_ids"), placement, source, own)
         self.response = ResponsePass(host, self.source, rows, states)
         self.response.begin_after(inputs, cache, self.trial.replaces_head())
         self.writing = self.response.writing

@@ -15,11 +15,11 @@ from ..compat.caches import cache_length, holds_attention_alone
 from ..compat.engines import uncompiled
 from ..compat.eval_mode import evaluating
 from ..compat.in_float32 import in_float32
-from ..embedding import RUNNING
 from ..rows.columns import take
 from ..rows.divide import cuts_by_row, divide, predicted
 from ..rows.facts import IGNORED
 from ..rows.placement import Placement
+from ..running import RUNNING
 from ..sources import ThoughtSource
 from .head_loss import cross_entropy
 from .host import Host
@@ -60,6 +60,16 @@ class TwoPassTrial:
                 _LOGGER.info("Training steps of %s run in one pass: %s.", type(self.host.model).__name__, reason)
         return reason is None
 
+    def is_proven(self, inputs: dict[str, Any], placement: Placement, source: ThoughtSource) -> bool:
+        """Return whether a batch like this one has run in two passes before, and nothing is in the way of this one."""
+        known = self._results.get(self._own_splits(inputs, placement, source), "not tried yet") is None
+        return known and obstacle(self.host, inputs, placement) is None
+
+    def _own_splits(self, inputs: dict[str, Any], placement: Placement, source: ThoughtSource) -> bool | None:
+        if not placement.padded and placement.column is not None:
+            return None
+        return source.shares_cache or cuts_by_row(placement, inputs["input_ids"].shape[1])
+
     def replaces_head(self) -> bool:
         """Return whether a step may compute the loss in place of the base's head; hooks the head the first time.
 
@@ -93,9 +103,7 @@ class TwoPassTrial:
         the rows with the shortest and the longest prompt, once for each way of splitting prompts of different lengths.
         It runs in float32, because rounding in half precision would hide differences.
         """
-        own_splits = None
-        if placement.padded or placement.column is None:
-            own_splits = cuts_by_row(placement, inputs["input_ids"].shape[1])
+        own_splits = self._own_splits(inputs, placement, source)
         if own_splits in self._results:
             return self._results[own_splits]
         pick = torch.stack([placement.start.argmin(), placement.start.argmax()])
@@ -148,7 +156,8 @@ class TwoPassTrial:
         """Return whether logits and loss of two passes equal those of one, up to rounding."""
         host = self.host
         inputs["return_dict"] = True
-        rows, rest = divide(inputs, placement, host.filler(source), host.takes_positions), dict(inputs)
+        rest = dict(inputs)
+        rows = divide(inputs, placement, host.filler(source), host.takes_positions, source.shares_cache)
         cache = run_prompts(host, source, rows)
         if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
             return False

@@ -29,10 +29,12 @@ class WholeRows(InsertingPass):
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Run the source on the prompts and insert the thoughts."""
-        self.insert_whole(inputs, *self.read(inputs))
+        placement, own = self.locate(inputs)
+        states = self.host.read(inputs.get("input_ids"), placement, self.source, own)
+        self.insert_whole(inputs, placement, states)
 
-    def read(self, inputs: dict[str, Any]) -> tuple[Placement, Tensor]:
-        """Return the placement of the thoughts and the source's states, `(B, K, N, H_source)`."""
+    def locate(self, inputs: dict[str, Any]) -> tuple[Placement, dict[str, Tensor | None]]:
+        """Check the arguments; returns the placement of the thoughts and the caller's own input for the source."""
         own = pop_own(inputs)
         check_arguments(inputs, own)
         self.labelled = inputs.get("labels") is not None
@@ -43,7 +45,7 @@ class WholeRows(InsertingPass):
         if placement.has_early_labels:
             drop_early_labels(inputs, placement)
             self.host.warn_once(_EARLY_LABELS)
-        return placement, self.host.read(inputs.get("input_ids"), placement, self.source, own)
+        return placement, own
 
     def finish(self, output: Any) -> Any:
         """Record the thought positions on the cache, and remove them from the output."""

@@ -65,7 +65,9 @@ def cuts_by_row(placement: Placement, length: int) -> bool:
     return placement.latest + 4 * placement.max_span <= placement.earliest + 4 * (length - placement.earliest)
 
 
-def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_positions: bool) -> DividedRows:
+def divide(
+    inputs: dict[str, Any], placement: Placement, filler: int, takes_positions: bool, by_row: bool = False
+) -> DividedRows:
     """Split a batch at its thoughts: each row at its own, or all rows at the earliest ones, whichever is cheaper.
 
     Rows that are split at their own thoughts are shifted so that the splits align: prompts are padded on the left,
@@ -76,12 +78,13 @@ def divide(inputs: dict[str, Any], placement: Placement, filler: int, takes_posi
         placement: The thought positions.
         filler: Id at inserted thought positions.
         takes_positions: Whether padded rows need explicit position ids.
+        by_row: Whether each row is split at its own thoughts in any case.
     """
     ids, labels, mask = inputs["input_ids"], inputs["labels"], placement.attention_mask
     start, earliest, num = placement.start, placement.earliest, placement.num_inserted
     length = ids.shape[1]
     here, width = placement, placement.max_span + num
-    if not cuts_by_row(placement, length):
+    if not (by_row or cuts_by_row(placement, length)):
         here = replace(placement, start=torch.full_like(start, earliest), latest=earliest)
         width = length - earliest + num
     prompt_ids, prompt_mask = prompts(ids, here)

@@ -1,12 +1,14 @@
 """Thought sources: modules that turn prompts into soft thoughts. Each kind is registered by name."""
 
 from .assistant import AssistantSource
+from .base_model import BaseSource
 from .projections import LinearProjection, register_projection
 from .source import BaseLM, Prompts, ThoughtSource, make_source, register_source
 
 __all__ = [
     "AssistantSource",
     "BaseLM",
+    "BaseSource",
     "LinearProjection",
     "Prompts",
     "ThoughtSource",

@@ -38,6 +38,17 @@ def fingerprint(reader: PromptReader) -> dict[str, Any]:
     }
 
 
+def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """Return config, weights and dtype of a loaded model, without what adapters have added to it."""
+    config = model.config.to_diff_dict()
+    own = {name: config[name] for name in sorted(config) if name not in ("transformers_version", "_name_or_path")}
+    return {
+        "assistant_config": _digest([json.dumps(own, default=str).encode()]),
+        "assistant_weights": _digest(_sample_model(model)),
+        "assistant_dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
 def _changes_since_0_1_0(reader: PromptReader) -> dict[str, Any]:
     """Return fields for inputs that are built differently than in 0.1.0, which did not write these fields."""
     template = None if reader.config.assistant_prompt is None else reader.assistant.tokenizer.chat_template
@@ -60,24 +71,25 @@ def _weights(assistant: FrozenLM) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("assistant_commit", "assistant_config", "assistant_weights"))
     model = assistant.preloaded_model
     if model is not None:
-        config = model.config.to_diff_dict()
-        own = {name: config[name] for name in sorted(config) if name not in ("transformers_version", "_name_or_path")}
-        found["assistant_config"] = _digest([json.dumps(own, default=str).encode()])
-        found["assistant_weights"] = _digest(_sample_model(model))
-        dtype = str(model.dtype)
+        return found | model_fingerprint(model)
+    if _is_folder(assistant):
+        found["assistant_config"] = _digest([Path(assistant.name, CONFIG_NAME).read_bytes()])
+        found["assistant_weights"] = _digest(_sample_files(Path(assistant.name)))
     else:
-        if _is_folder(assistant):
-            found["assistant_config"] = _digest([Path(assistant.name, CONFIG_NAME).read_bytes()])
-            found["assistant_weights"] = _digest(_sample_files(Path(assistant.name)))
-        else:
-            found["assistant_commit"] = assistant.revision
-        dtype = assistant.dtype if assistant.dtype == "auto" else str(getattr(torch, assistant.dtype))
+        found["assistant_commit"] = assistant.revision
+    dtype = assistant.dtype if assistant.dtype == "auto" else str(getattr(torch, assistant.dtype))
     return found | {"assistant_dtype": dtype.removeprefix("torch.")}
 
 
 def _sample_model(model: PreTrainedModel) -> Iterable[bytes]:
-    """Yield a few values of each tensor of a model. Training changes every tensor slightly."""
+    """Yield a few values of each tensor of a model, but of what adapters of ours train within it.
+
+    Training changes every tensor slightly.
+    """
     for name, tensor in model.state_dict().items():
+        if "softcot_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
         if is_whole(tensor):  # for sharded and offloaded tensors, only the shape is used
             flat = tensor.detach().reshape(-1)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..compat.engines import full_shape
 from ..config import SoftCoTConfig
@@ -21,6 +22,7 @@ class BaseLM:
     name_or_path: str | None
     hidden_size: int  # width of its input embeddings
     vocab_size: int | None  # number of ids with an embedding; `None` if unknown
+    model: PreTrainedModel  # the base itself; it is frozen, and not yet wrapped
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class ThoughtSource(nn.Module):
     """
 
     kind: ClassVar[str]  # its registered name
+    shares_cache: ClassVar[bool] = False  # whether it reads with the base, and offers `read_after`
     num_chains: int = 1  # K
     id_limit: int | None = None  # number of the base's ids that the source can read; `None`: all
 
@@ -130,6 +133,16 @@ class ThoughtSource(nn.Module):
             f"`assistant_input_ids` must not be passed: thought source {self.kind!r} reads the base's prompts. Leave "
             "them out."
         )
+
+    def read_after(self, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
+        """As `read`, if `shares_cache`, after the base's cache of the prompts, which is cropped to them again.
+
+        Args:
+            cache: Of the prompts, `(B, P)`.
+            prompt_mask: `(B, P)`, 1 = part of the prompt.
+            num_thoughts: N.
+        """
+        raise NotImplementedError
 
     def states(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """Return precomputed states if there are any, else those of `read`."""

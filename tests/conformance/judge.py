@@ -70,7 +70,10 @@ class Judge:
         """`s = W t + b`, `(N, H_base)`."""
         ids = torch.tensor([prompt + [self.thought_id] * self.num])
         with torch.no_grad():
-            hidden = self.assistant(ids, output_hidden_states=True).hidden_states[-1][0, -self.num :]
+            states = self.assistant(ids, output_hidden_states=True).hidden_states[-1]
+            if states.dim() == 4:  # Gemma3n's layers pass on a stack, which is merged for the head
+                states = self.assistant.base_model(ids).last_hidden_state
+        hidden = states[0, -self.num :]
         return hidden @ self.weight.T + self.bias
 
     @contextmanager

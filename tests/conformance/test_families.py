@@ -31,7 +31,7 @@ from conformance.families import (
     tiny_config,
     traits,
 )
-from conformance.holding import attach, check_family, make_batch, make_judge
+from conformance.holding import attach, check_base_as_source, check_family, make_batch, make_judge
 from conformance.table import Row
 
 Report = Callable[[Row], None]
@@ -53,6 +53,11 @@ def test_a_family_holds(
     found = traits(base, model_type)
     remarks = check_family(base, conformance_assistant, tmp_path)
     report(Row(model_type, class_of(model_type), "works", tuple(found), "; ".join(remarks)))
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in (UNBUILDABLE | REFUSED | UNCARRIED)])
+def test_a_family_is_its_own_source(model_type: str) -> None:
+    check_base_as_source(build(model_type))
 
 
 @pytest.mark.usefixtures("conformance_assistant")

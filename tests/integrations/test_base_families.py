@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conformance.families import TYPES, build
-from conformance.holding import check_family, make_assistant
+from conformance.holding import check_base_as_source, check_family, make_assistant
 from conformance.table import read
 from transformers import PreTrainedModel
 
@@ -37,6 +37,11 @@ def assistant() -> PreTrainedModel:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_holds(model_type: str, assistant: PreTrainedModel, tmp_path: Path) -> None:
     check_family(build(model_type), assistant, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_is_its_own_source(model_type: str) -> None:
+    check_base_as_source(build(model_type))
 
 
 def test_the_table_of_families_has_a_row_for_every_type() -> None:

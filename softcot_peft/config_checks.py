@@ -1,0 +1,104 @@
+"""Checks the fields of a `SoftCoTConfig`, alone and against each other."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+_INT_FIELDS = ("num_thought_tokens", "inference_num_thought_tokens")
+_NAME_FIELDS = ("thought_source", "projection")
+_STRING_FIELDS = (
+    *_NAME_FIELDS,
+    "assistant_model_name_or_path",
+    "assistant_revision",
+    "thought_token",
+    "assistant_prompt",
+    "assistant_thought_token",
+    "tokenizer_name_or_path",
+)
+_ASSISTANT_FIELDS = (  # read by the source "assistant" alone
+    "assistant_model_name_or_path",
+    "assistant_revision",
+    "assistant_prompt",
+    "assistant_thought_token",
+    "assistant_shares_tokenizer",
+    "assistant_dtype",
+)
+_PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
+_BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
+_MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
+_PLACEMENTS = ("prompt_end", "thought_token")
+
+
+def check_types(config: Any) -> None:
+    """Check the type of each field, and convert paths to strings.
+
+    Raises:
+        TypeError: A field has the wrong type.
+    """
+    for name in _STRING_FIELDS:
+        value = getattr(config, name)
+        if isinstance(value, os.PathLike) and name in _PATH_FIELDS:
+            value = os.fspath(value)
+            setattr(config, name, value)
+        if value is not None and not isinstance(value, str):
+            raise TypeError(
+                f"`{name}` must be a string, got {type(value).__name__}."
+                + (" Pass a loaded model with `use_assistant`." if name == _PATH_FIELDS[0] else "")
+            )
+    for name in _INT_FIELDS:
+        value = getattr(config, name)
+        if value is None and name != _INT_FIELDS[0]:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    for name in _BOOL_FIELDS:
+        value = getattr(config, name)
+        if not isinstance(value, bool) and (value is not None or name != _BOOL_FIELDS[0]):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_values(config: Any) -> None:
+    """Check the value of each field, and combinations of fields.
+
+    Raises:
+        ValueError: A field has an invalid value, or two fields contradict each other.
+    """
+    for name in _NAME_FIELDS:
+        if not getattr(config, name):
+            raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(config, name)!r}.")
+    given = [name for name in _ASSISTANT_FIELDS if getattr(config, name) not in (None, "auto")]
+    if config.thought_source == "base" and given:
+        raise ValueError(
+            f"`{given[0]}` is read by `thought_source='assistant'` alone, got {getattr(config, given[0])!r} with "
+            "`thought_source='base'`, which has no assistant. Leave one of the two out."
+        )
+    if config.thought_source == "assistant" and not config.assistant_model_name_or_path:
+        raise ValueError(
+            "`assistant_model_name_or_path` must name the assistant, got "
+            f"{config.assistant_model_name_or_path!r}. Pass a Hub id, a folder, or the name of a loaded model given "
+            "to `use_assistant`."
+        )
+    for name in _INT_FIELDS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if value is not None and value > _MAX_THOUGHTS:
+            raise ValueError(f"`{name}` must be at most {_MAX_THOUGHTS}, got {value}.")
+    if config.placement not in _PLACEMENTS:
+        raise ValueError(f"`placement` must be one of {_PLACEMENTS}, got {config.placement!r}.")
+    if config.placement == "thought_token" and not config.thought_token:
+        raise ValueError(
+            "`placement='thought_token'` needs `thought_token`, got None. Name the token of the base's vocabulary "
+            "that marks thought positions, or use `placement='prompt_end'`."
+        )
+    if config.assistant_prompt is not None and "{prompt}" not in config.assistant_prompt:
+        raise ValueError(
+            f"`assistant_prompt` must contain '{{prompt}}', got {config.assistant_prompt!r}. Write {{prompt}} where "
+            "the base's prompt belongs."
+        )
+    if config.assistant_prompt is not None and config.assistant_shares_tokenizer:
+        raise ValueError(
+            "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
+            "are) contradicts it. Leave one of the two at None."
+        )
