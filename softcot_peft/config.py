@@ -45,7 +45,11 @@ class SoftCoTConfig(PeftConfig):
         thought_source: Name of the thought source that reads the prompt: `"assistant"`; `"base"`, the base itself,
             without a second model; or a name registered with [`~softcot_peft.sources.register_source`].
         projection: Name of the module that maps the source's states to soft thoughts: `"linear"`, or a name registered
-            with [`~softcot_peft.sources.register_projection`].
+            with [`~softcot_peft.sources.register_projection`]. `"linear"`: one layer (section 3 of arXiv 2502.12134);
+            `"mlp"`: two, with a GELU between them; `"per_position"`: a layer for each thought position (Self-SoftCoT,
+            ACL 2026).
+        projection_init: `"default"`: the default initialisation of linear layers. `"identity"`: thoughts begin as the
+            source's states, which must be as wide as the base's embeddings. `"zero"`: thoughts begin as zero vectors.
         init_weights: `True`: the default initialisation of a linear layer. `False`: random values large enough for
             tests to see an effect.
         two_pass_training: Whether training steps run the prompts without gradient into a KV cache, and only thoughts
@@ -97,6 +101,9 @@ class SoftCoTConfig(PeftConfig):
     thought_source: str = field(default="assistant", metadata={"help": "Name of the source that reads the prompt."})
     projection: str = field(
         default="linear", metadata={"help": "Name of the module that maps states to soft thoughts."}
+    )
+    projection_init: Literal["default", "identity", "zero"] = field(
+        default="default", metadata={"help": "Initialisation of the projection: 'default', 'identity' or 'zero'."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Whether to use the default initialisation."})
     two_pass_training: bool = field(

@@ -27,6 +27,7 @@ _ASSISTANT_FIELDS = (  # read by the source "assistant" alone
 _PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
 _BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
 _MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
+_INITIALISATIONS = ("default", "identity", "zero")
 _PLACEMENTS = ("prompt_end", "thought_token")
 
 
@@ -64,21 +65,7 @@ def check_values(config: Any) -> None:
     Raises:
         ValueError: A field has an invalid value, or two fields contradict each other.
     """
-    for name in _NAME_FIELDS:
-        if not getattr(config, name):
-            raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(config, name)!r}.")
-    given = [name for name in _ASSISTANT_FIELDS if getattr(config, name) not in (None, "auto")]
-    if config.thought_source == "base" and given:
-        raise ValueError(
-            f"`{given[0]}` is read by `thought_source='assistant'` alone, got {getattr(config, given[0])!r} with "
-            "`thought_source='base'`, which has no assistant. Leave one of the two out."
-        )
-    if config.thought_source == "assistant" and not config.assistant_model_name_or_path:
-        raise ValueError(
-            "`assistant_model_name_or_path` must name the assistant, got "
-            f"{config.assistant_model_name_or_path!r}. Pass a Hub id, a folder, or the name of a loaded model given "
-            "to `use_assistant`."
-        )
+    _check_source(config)
     for name in _INT_FIELDS:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -101,4 +88,30 @@ def check_values(config: Any) -> None:
         raise ValueError(
             "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
             "are) contradicts it. Leave one of the two at None."
+        )
+
+
+def _check_source(config: Any) -> None:
+    """Check what reads prompts, and what maps its states to thoughts."""
+    for name in _NAME_FIELDS:
+        if not getattr(config, name):
+            raise ValueError(f"`{name}` must be the name of a registered one, got {getattr(config, name)!r}.")
+    given = [name for name in _ASSISTANT_FIELDS if getattr(config, name) not in (None, "auto")]
+    if config.thought_source == "base" and given:
+        raise ValueError(
+            f"`{given[0]}` is read by `thought_source='assistant'` alone, got {getattr(config, given[0])!r} with "
+            "`thought_source='base'`, which has no assistant. Leave one of the two out."
+        )
+    if config.thought_source == "assistant" and not config.assistant_model_name_or_path:
+        raise ValueError(
+            "`assistant_model_name_or_path` must name the assistant, got "
+            f"{config.assistant_model_name_or_path!r}. Pass a Hub id, a folder, or the name of a loaded model given "
+            "to `use_assistant`."
+        )
+    if config.projection_init not in _INITIALISATIONS:
+        raise ValueError(f"`projection_init` must be one of {_INITIALISATIONS}, got {config.projection_init!r}.")
+    if config.projection_init != "default" and not config.init_weights:
+        raise ValueError(
+            f"`projection_init={config.projection_init!r}` contradicts `init_weights=False`, which asks for random "
+            "values. Leave one of the two out."
         )

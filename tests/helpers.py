@@ -136,6 +136,13 @@ def soft_thoughts(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return softcot_layer(model).soft_thoughts(states).flatten(0, 1)
 
 
+@torch.no_grad()
+def next_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The source's states of a batch, `(B, N, H_source)`, by the active adapter."""
+    host, source = hooks_of(model).host, source_of(model, None)
+    return host.read(batch["input_ids"], host.locate(batch, source), source).flatten(0, 1)
+
+
 # What the package remembers between models
 
 

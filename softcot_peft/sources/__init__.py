@@ -2,7 +2,8 @@
 
 from .assistant import AssistantSource
 from .base_model import BaseSource
-from .projections import LinearProjection, register_projection
+from .linear_maps import LinearProjection, MLPProjection, PerPositionProjection
+from .projections import register_projection
 from .source import BaseLM, Prompts, ThoughtSource, make_source, register_source
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "BaseLM",
     "BaseSource",
     "LinearProjection",
+    "MLPProjection",
+    "PerPositionProjection",
     "Prompts",
     "ThoughtSource",
     "make_source",

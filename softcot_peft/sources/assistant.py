@@ -42,9 +42,7 @@ class AssistantSource(ThoughtSource):
         super().__init__(config, base)
         self.assistant = assistant
         self.reader = self._make_reader(assistant)
-        self.projection = make_projection(
-            config.projection, assistant.hidden_size, base.hidden_size, config.init_weights
-        )
+        self.projection = make_projection(config, assistant.hidden_size, base.hidden_size)
 
     @classmethod
     def _needs_tokenizer(cls, config: SoftCoTConfig) -> bool:

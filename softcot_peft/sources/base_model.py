@@ -53,7 +53,7 @@ class BaseSource(ThoughtSource):
         self.backbone = Backbone(backbone_of(base.model))  # no module: the base is frozen, and not the source's
         self._takes_positions = takes_positions(self.backbone.model)
         width = states_width(base.model)
-        self.projection = make_projection(config.projection, width, base.hidden_size, config.init_weights)
+        self.projection = make_projection(config, width, base.hidden_size)
         token = self.thought_token_id
         self.position_token_id = ordinary_token(base.model) if token is None else token
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.engines import is_whole
+from ..config import SoftCoTConfig
 
 _P = TypeVar("_P", bound=type[nn.Module])
 
@@ -18,8 +19,9 @@ _registered: dict[str, type[nn.Module]] = {}
 def register_projection(name: str) -> Callable[[_P], _P]:
     """Register a projection class under the name that `SoftCoTConfig(projection=...)` refers to. A class decorator.
 
-    The class takes `(source_size, base_size, init_weights)`. Its `forward` maps `(B, K, N, source_size)` to
-    `(B, K, N, base_size)`. Its parameters are trained and saved.
+    The class takes `(source_size, base_size, config)`. Its `forward` maps `(B, K, N, source_size)` to
+    `(B, K, N, base_size)`. Its parameters are trained and saved. A method `initialise(kind)`, if it has one, is called
+    with `config.projection_init` unless that is `"default"`.
 
     Args:
         name: The name that configs refer to.
@@ -32,12 +34,13 @@ def register_projection(name: str) -> Callable[[_P], _P]:
 
     Example:
         ```python
+        from softcot_peft import SoftCoTConfig
         from softcot_peft.sources import register_projection
         from torch import nn
 
         @register_projection("two_layers")
         class TwoLayers(nn.Sequential):
-            def __init__(self, source_size: int, base_size: int, init_weights: bool) -> None:
+            def __init__(self, source_size: int, base_size: int, config: SoftCoTConfig) -> None:
                 super().__init__(nn.Linear(source_size, 256), nn.GELU(), nn.Linear(256, base_size))
         ```
     """
@@ -52,52 +55,28 @@ def register_projection(name: str) -> Callable[[_P], _P]:
     return register
 
 
-def make_projection(name: str, source_size: int, base_size: int, init_weights: bool) -> nn.Module:
-    """Create the projection that a config names.
+def make_projection(config: SoftCoTConfig, source_size: int, base_size: int) -> nn.Module:
+    """Create and initialise the projection that a config names.
 
     Raises:
-        ValueError: No projection is registered under the name.
+        ValueError: No projection is registered under the name, or it has no such initialisation.
     """
+    name, kind = config.projection, config.projection_init
     if name not in _registered:
         raise ValueError(
             f"`projection` must be one of {sorted(_registered)}, got {name!r}. If it is your own, import the module "
             "that calls `register_projection` first."
         )
-    return _registered[name](source_size, base_size, init_weights)
-
-
-@register_projection("linear")
-class LinearProjection(nn.Linear):
-    """`s = W t + b` (section 3 of arXiv 2502.12134).
-
-    Args:
-        source_size: Width of t.
-        base_size: Width of s.
-        init_weights: `True`: the default initialisation of `nn.Linear`. `False`: standard normal values, large enough
-            for tests to see an effect.
-    """
-
-    def __init__(self, source_size: int, base_size: int, init_weights: bool = True) -> None:
-        super().__init__(source_size, base_size)
-        if not init_weights:
-            nn.init.normal_(self.weight)
-            nn.init.normal_(self.bias)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Project `(..., H_source)` to `(..., H_base)`, in the projection's dtype and on its device.
-
-        Raises:
-            RuntimeError: The weights are sharded or offloaded and not gathered, or were never loaded.
-        """
-        if not is_whole(self.weight):  # checked here, after accelerate's hooks have loaded offloaded weights
-            raise RuntimeError(
-                "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
-                "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
-                "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
-                "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
-                "call `load_adapter` or `set_peft_model_state_dict`."
+    projection = _registered[name](source_size, base_size, config)
+    if kind != "default":
+        initialise = getattr(projection, "initialise", None)
+        if not callable(initialise):
+            raise ValueError(
+                f"`projection_init` must be 'default' with `projection={name!r}`, which has no method `initialise`, "
+                f"got {kind!r}."
             )
-        return super().forward(states.to(self.weight))
+        initialise(kind)
+    return projection
 
 
 def project(projection: nn.Module, states: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ NOT_DEFAULTS: dict[str, Any] = {
     "assistant_dtype": "bfloat16",
     "thought_source": "own",
     "projection": "mlp",
-    "init_weights": False,
+    "projection_init": "zero",
+    "init_weights": True,  # as `projection_init` wants it
     "two_pass_training": False,
     "assistant_hidden_size": 24,
     "base_hidden_size": 32,

@@ -174,13 +174,13 @@ def test_a_file_must_hold_its_tensors_and_nothing_else(pair: Pair, tmp_path: Pat
 
 
 def test_a_projection_of_ones_own(pair: Pair, tmp_path: Path) -> None:
-    @register_projection("mlp")
-    class MLP(nn.Sequential):
-        def __init__(self, source_size: int, base_size: int, init_weights: bool) -> None:
+    @register_projection("small")
+    class Small(nn.Sequential):
+        def __init__(self, source_size: int, base_size: int, config: SoftCoTConfig) -> None:
             super().__init__(nn.Linear(source_size, 8), nn.GELU(), nn.Linear(8, base_size))
 
     torch.manual_seed(0)
-    model = pair.model(projection="mlp").train()
+    model = pair.model(projection="small").train()
     assert {
         name.rsplit("projection.default.", 1)[1] for name, weight in model.named_parameters() if weight.requires_grad
     } == {f"{place}.{part}" for place in (0, 2) for part in ("weight", "bias")}
