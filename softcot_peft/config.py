@@ -50,6 +50,7 @@ class SoftCoTConfig(PeftConfig):
             ACL 2026).
         projection_init: `"default"`: the default initialisation of linear layers. `"identity"`: thoughts begin as the
             source's states, which must be as wide as the base's embeddings. `"zero"`: thoughts begin as zero vectors.
+            `"matched"`: as `"default"`, scaled so that thoughts begin with the norm of the base's token embeddings.
         init_weights: `True`: the default initialisation of a linear layer. `False`: random values large enough for
             tests to see an effect.
         two_pass_training: Whether training steps run the prompts without gradient into a KV cache, and only thoughts
@@ -102,8 +103,8 @@ class SoftCoTConfig(PeftConfig):
     projection: str = field(
         default="linear", metadata={"help": "Name of the module that maps states to soft thoughts."}
     )
-    projection_init: Literal["default", "identity", "zero"] = field(
-        default="default", metadata={"help": "Initialisation of the projection: 'default', 'identity' or 'zero'."}
+    projection_init: Literal["default", "identity", "zero", "matched"] = field(
+        default="default", metadata={"help": "Initialisation: 'default', 'identity', 'zero' or 'matched'."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Whether to use the default initialisation."})
     two_pass_training: bool = field(

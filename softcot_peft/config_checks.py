@@ -27,7 +27,7 @@ _ASSISTANT_FIELDS = (  # read by the source "assistant" alone
 _PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
 _BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
 _MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
-_INITIALISATIONS = ("default", "identity", "zero")
+_INITIALISATIONS = ("default", "identity", "zero", "matched")
 _PLACEMENTS = ("prompt_end", "thought_token")
 
 

@@ -12,6 +12,7 @@ from ..config import SoftCoTConfig
 from .find_assistant import find_assistant
 from .fingerprint import fingerprint
 from .frozen_lm import FrozenLM
+from .match_scale import match_scale
 from .projections import make_projection, project
 from .prompt_reader import PromptReader
 from .source import BaseLM, Prompts, ThoughtSource, register_source
@@ -43,6 +44,8 @@ class AssistantSource(ThoughtSource):
         self.assistant = assistant
         self.reader = self._make_reader(assistant)
         self.projection = make_projection(config, assistant.hidden_size, base.hidden_size)
+        if config.projection_init == "matched" and not config.inference_mode:
+            match_scale(self)
 
     @classmethod
     def _needs_tokenizer(cls, config: SoftCoTConfig) -> bool:

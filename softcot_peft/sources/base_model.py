@@ -16,6 +16,7 @@ from ..config import SoftCoTConfig
 from ..rows.placement import positions
 from .backbone import Backbone
 from .fingerprint import model_fingerprint
+from .match_scale import match_scale
 from .projections import make_projection, project
 from .source import BaseLM, Prompts, ThoughtSource, register_source
 
@@ -56,6 +57,8 @@ class BaseSource(ThoughtSource):
         self.projection = make_projection(config, width, base.hidden_size)
         token = self.thought_token_id
         self.position_token_id = ordinary_token(base.model) if token is None else token
+        if config.projection_init == "matched" and not config.inference_mode:
+            match_scale(self)
 
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """The base's last hidden states at the thought positions, `(B, 1, N, H_base)`, in its dtype."""

@@ -31,6 +31,11 @@ class LinearProjection(nn.Linear):
         """Set the weights to zero (`"zero"`) or to the identity (`"identity"`)."""
         _initialise(self.weight, self.bias, kind)
 
+    def rescale(self, factor: float) -> None:
+        """Multiply what it projects to by a factor."""
+        self.weight.mul_(factor)
+        self.bias.mul_(factor)
+
     def forward(self, states: Tensor) -> Tensor:
         """Project `(..., H_source)` to `(..., H_base)`, in the projection's dtype and on its device.
 
@@ -73,6 +78,10 @@ class MLPProjection(nn.Module):
             raise ValueError("`projection_init='identity'` needs `projection='linear'` or 'per_position', got 'mlp'.")
         self.outer.initialise(kind)
 
+    def rescale(self, factor: float) -> None:
+        """Multiply what it projects to by a factor."""
+        self.outer.rescale(factor)
+
     def forward(self, states: Tensor) -> Tensor:
         """Project `(..., H_source)` to `(..., H_base)`."""
         hidden: Tensor = self.outer(nn.functional.gelu(self.inner(states)))
@@ -102,6 +111,11 @@ class PerPositionProjection(nn.Module):
     def initialise(self, kind: str) -> None:
         """Set the maps to zero (`"zero"`) or to the identity (`"identity"`)."""
         _initialise(self.weight, self.bias, kind)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply what it projects to by a factor."""
+        self.weight.mul_(factor)
+        self.bias.mul_(factor)
 
     def forward(self, states: Tensor) -> Tensor:
         """Project `(..., N, H_source)` to `(..., N, H_base)`; N may be smaller than the number of maps.

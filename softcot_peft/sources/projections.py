@@ -21,7 +21,7 @@ def register_projection(name: str) -> Callable[[_P], _P]:
 
     The class takes `(source_size, base_size, config)`. Its `forward` maps `(B, K, N, source_size)` to
     `(B, K, N, base_size)`. Its parameters are trained and saved. A method `initialise(kind)`, if it has one, is called
-    with `config.projection_init` unless that is `"default"`.
+    with `"identity"` or `"zero"` if the config asks for them, and `rescale(factor)` for `"matched"`.
 
     Args:
         name: The name that configs refer to.
@@ -68,7 +68,7 @@ def make_projection(config: SoftCoTConfig, source_size: int, base_size: int) -> 
             "that calls `register_projection` first."
         )
     projection = _registered[name](source_size, base_size, config)
-    if kind != "default":
+    if kind not in ("default", "matched"):
         initialise = getattr(projection, "initialise", None)
         if not callable(initialise):
             raise ValueError(

@@ -93,6 +93,28 @@ def test_identity_begins_with_the_sources_states(pair: Pair, kind: str) -> None:
     torch.testing.assert_close(soft_thoughts(model, batch), next_states(model, batch), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("fields", [{}, {"thought_source": "base"}, {"assistant_shares_tokenizer": True}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matched_begins_with_the_norm_of_token_embeddings(pair: Pair, kind: str, fields: dict[str, Any]) -> None:
+    if "assistant_shares_tokenizer" in fields:
+        fields = fields | {"assistant_model_name_or_path": str(pair.twin)}
+    options = {"projection": kind, "projection_init": "matched", "num_thought_tokens": N, "task_type": "CAUSAL_LM"}
+    if "thought_source" not in fields:
+        options |= {"assistant_model_name_or_path": str(pair.assistant)}
+    base = pair.load_base()
+    norms = base.get_input_embeddings().weight.norm(dim=-1)
+    torch.manual_seed(0)
+    model = get_peft_model(base, SoftCoTConfig(**options | fields)).eval()
+    found = soft_thoughts(model, pair.batch(QUESTIONS)).norm(dim=-1).mean()
+    assert 0.6 < found / norms.median() < 1.7
+    plain = options | fields | {"projection_init": "default"}
+    torch.manual_seed(0)
+    other = get_peft_model(pair.load_base(), SoftCoTConfig(**plain)).eval()
+    last = [projection.outer if kind == "mlp" else projection for projection in map(projection_of, (model, other))]
+    ratio = last[0].weight / last[1].weight
+    torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), atol=1e-4, rtol=1e-4)
+
+
 def test_fewer_thoughts_than_maps_use_the_first_ones(pair: Pair) -> None:
     model = attach(pair, projection="per_position", thought_token="<thought>", inference_num_thought_tokens=2)
     batch = pair.batch(QUESTIONS)
