@@ -35,6 +35,10 @@ class SoftCoTConfig(PeftConfig):
             are rejected.
         assistant_prompt: Template of what the assistant reads, with `{prompt}` and optionally `{num_thought_tokens}`.
             It is rendered with the assistant's chat template if there is one. `None`: the prompt only.
+        assistant_prefix: What the assistant's own turn begins with, before the thought positions; may contain
+            `{num_thought_tokens}`.
+        assistant_prompt_between: Two literal texts, each of which occurs once in every prompt: the assistant reads
+            what stands between them, such as the question alone.
         assistant_thought_token: Token at the thought positions of the assistant's input. `None`: the assistant's unk
             token, else its eos token, else its pad token.
         assistant_shares_tokenizer: `True`: the assistant reads the prompt's ids. `False`: prompts are decoded and
@@ -88,6 +92,12 @@ class SoftCoTConfig(PeftConfig):
     )
     assistant_prompt: str | None = field(
         default=None, metadata={"help": "Template of what the assistant reads, with {prompt}."}
+    )
+    assistant_prefix: str | None = field(
+        default=None, metadata={"help": "What the assistant's own turn begins with, before the thought positions."}
+    )
+    assistant_prompt_between: list[str] | None = field(
+        default=None, metadata={"help": "Two texts between which the assistant reads the base's prompts."}
     )
     assistant_thought_token: str | None = field(
         default=None, metadata={"help": "Token at the thought positions of the assistant's input."}

@@ -13,6 +13,7 @@ _STRING_FIELDS = (
     "assistant_revision",
     "thought_token",
     "assistant_prompt",
+    "assistant_prefix",
     "assistant_thought_token",
     "tokenizer_name_or_path",
 )
@@ -20,10 +21,14 @@ _ASSISTANT_FIELDS = (  # read by the source "assistant" alone
     "assistant_model_name_or_path",
     "assistant_revision",
     "assistant_prompt",
+    "assistant_prefix",
+    "assistant_prompt_between",
     "assistant_thought_token",
     "assistant_shares_tokenizer",
     "assistant_dtype",
 )
+# What the assistant reads is text with any of these.
+READ_AS_TEXT = ("assistant_prompt", "assistant_prefix", "assistant_prompt_between")
 _PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # string fields that may be paths
 _BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
 _MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
@@ -47,6 +52,11 @@ def check_types(config: Any) -> None:
                 f"`{name}` must be a string, got {type(value).__name__}."
                 + (" Pass a loaded model with `use_assistant`." if name == _PATH_FIELDS[0] else "")
             )
+    between = config.assistant_prompt_between
+    if between is not None:
+        if not isinstance(between, (list, tuple)) or len(between) != 2 or not all(isinstance(x, str) for x in between):
+            raise TypeError(f"`assistant_prompt_between` must be two strings, got {between!r}.")
+        config.assistant_prompt_between = list(between)  # as JSON has it
     for name in _INT_FIELDS:
         value = getattr(config, name)
         if value is None and name != _INT_FIELDS[0]:
@@ -84,9 +94,14 @@ def check_values(config: Any) -> None:
             f"`assistant_prompt` must contain '{{prompt}}', got {config.assistant_prompt!r}. Write {{prompt}} where "
             "the base's prompt belongs."
         )
-    if config.assistant_prompt is not None and config.assistant_shares_tokenizer:
+    if config.assistant_prompt_between is not None and not all(config.assistant_prompt_between):
         raise ValueError(
-            "`assistant_prompt` wraps the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
+            f"`assistant_prompt_between` must be two texts, got {config.assistant_prompt_between!r}. Name what stands "
+            "right before and right behind the question in the base's prompts."
+        )
+    if config.assistant_shares_tokenizer and (given := [name for name in READ_AS_TEXT if getattr(config, name)]):
+        raise ValueError(
+            f"`{given[0]}` changes the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
             "are) contradicts it. Leave one of the two at None."
         )
 

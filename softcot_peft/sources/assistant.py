@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import SoftCoTConfig
+from ..config_checks import READ_AS_TEXT
 from .find_assistant import find_assistant
 from .fingerprint import fingerprint
 from .frozen_lm import FrozenLM
@@ -56,7 +57,10 @@ class AssistantSource(ThoughtSource):
         vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
         shares = config.assistant_shares_tokenizer
         if shares is None:
-            shares = config.assistant_prompt is None and vocabulary == assistant.tokenizer.get_vocab()
+            shares = (
+                not any(getattr(config, name) for name in READ_AS_TEXT)
+                and vocabulary == assistant.tokenizer.get_vocab()
+            )
         largest = max((found for token, found in vocabulary.items() if token != config.thought_token), default=-1)
         if config.assistant_shares_tokenizer and largest >= assistant.vocabulary:
             raise ValueError(

@@ -59,6 +59,9 @@ def _changes_since_0_1_0(reader: PromptReader) -> dict[str, Any]:
         found["assistant_date"] = DATE
     if reader.in_parts:
         found["assistant_content"] = "parts"
+    for name in ("assistant_prefix", "assistant_prompt_between"):
+        if getattr(reader.config, name) is not None:
+            found[name] = getattr(reader.config, name)
     return found
 
 

@@ -95,10 +95,12 @@ class PromptReader:
             )
 
     def _decode(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
-        """Decode prompts without the base's special tokens."""
-        rows = _unpadded(prompt_ids, prompt_mask)
+        """Decode prompts without the base's special tokens, or what stands between two delimiters in them."""
+        rows, between = _unpadded(prompt_ids, prompt_mask), self.config.assistant_prompt_between
         self._check_known_ids(tokenizer, rows)
-        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        keep = between is not None  # delimiters may be special tokens
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
+        return texts if between is None else [_between(text, row, *between) for row, text in enumerate(texts)]
 
     def _encode(self, texts: list[str], num_thoughts: int) -> tuple[Tensor, Tensor]:
         """Apply `assistant_prompt` and the chat template, tokenize for the assistant, and pad on the left."""
@@ -168,8 +170,9 @@ class PromptReader:
         if template is not None:
             template = template.replace("{num_thought_tokens}", str(num_thoughts))
             text = template.replace("{prompt}", text)
+        prefix = (self.config.assistant_prefix or "").replace("{num_thought_tokens}", str(num_thoughts))
         if not self._uses_chat_template:
-            return text
+            return text + prefix
         content: Any = [{"type": "text", "text": text}] if self.in_parts else text
         message, tokenizer = [{"role": "user", "content": content}], self.assistant.tokenizer
         try:
@@ -189,7 +192,7 @@ class PromptReader:
                 f"The chat template of the assistant {self.assistant.name!r} must write the user's turn as it is, and "
                 f"once, but changes, cuts, drops or repeats it. {_USE_ANOTHER}, or leave `assistant_prompt` out."
             )
-        return rendered
+        return rendered + prefix
 
     def check_chat_template(self) -> None:
         """Detect whether the assistant's chat template, if it is used, takes content as a string or as parts."""
@@ -213,6 +216,27 @@ class PromptReader:
         (content,) = self._ids([text], add_special_tokens=False, split_special_tokens=True)
         ids, *rest = self._ids([before, *after], add_special_tokens=False)
         return ids + [token_id for piece in rest for token_id in (*content, *piece)]
+
+
+def _between(text: str, row: int, before: str, after: str) -> str:
+    """Return what stands between two delimiters in the prompt of a row.
+
+    Raises:
+        ValueError: One of them does not occur, or more than once, or they stand in the other order.
+    """
+    for delimiter in (before, after):
+        if text.count(delimiter) != 1:
+            raise ValueError(
+                "`assistant_prompt_between` must name two texts that occur once in every prompt, before the thoughts, "
+                f"but {delimiter!r} occurs {text.count(delimiter)} times in row {row}. Choose others."
+            )
+    start, end = text.index(before) + len(before), text.index(after)
+    if end < start:
+        raise ValueError(
+            f"`assistant_prompt_between` must name what stands before the question first, but {after!r} stands before "
+            f"{before!r} in row {row}. Exchange the two."
+        )
+    return text[start:end]
 
 
 def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:

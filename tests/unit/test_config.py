@@ -27,6 +27,8 @@ NOT_DEFAULTS: dict[str, Any] = {
     "thought_token": "<thought>",
     "placement": "thought_token",
     "assistant_prompt": "Think of {prompt} in {num_thought_tokens} steps: é, \n, {other}",
+    "assistant_prefix": "A hint of {num_thought_tokens} tokens:",
+    "assistant_prompt_between": ["Q: ", "\n"],
     "assistant_thought_token": "[UNK]",
     "assistant_shares_tokenizer": False,
     "tokenizer_name_or_path": "org/tokenizer",

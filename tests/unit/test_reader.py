@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import reader_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from tiny_pair import QUESTIONS, Pair, make_assistant_tokenizer
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from softcot_peft import use_assistant
+from softcot_peft import SoftCoTConfig, use_assistant
 
 N = 4
 UNK, PAD, BOS, EOS = 0, 1, 2, 3  # of the assistant's tokenizer
@@ -436,3 +437,59 @@ def test_the_caller_s_own_input_equal_to_the_reader_s_gives_the_same(pair: Pair,
     assert torch.equal(model.generate(**pair.batch(TEXTS), **own, max_new_tokens=5), expected)
     changed = own | {"assistant_input_ids": own["assistant_input_ids"].flip(0)}
     assert not torch.equal(model.generate(**pair.batch(TEXTS), **changed, max_new_tokens=5), expected)
+
+
+# The question alone, and a lead-in
+
+
+def read_text(model: nn.Module, text: str, tokenizer: PreTrainedTokenizerBase, num: int = 4) -> str:
+    """What the assistant reads for a prompt, decoded, without the thought positions."""
+    reader, ids = reader_of(model), torch.tensor([tokenizer(text)["input_ids"]])
+    found, mask = reader.read(ids, torch.ones_like(ids), num)
+    return reader.assistant.tokenizer.decode(found[0][mask[0] == 1][:-num], skip_special_tokens=True)
+
+
+def test_the_assistant_reads_what_stands_between_two_delimiters(pair: Pair) -> None:
+    prompt = "How many legs? Tom has seven dogs. What is left?"
+    model = pair.model(assistant_prompt_between=("How many legs?", "What is left?"))
+    assert read_text(model, prompt, pair.tokenizer) == read_text(pair.model(), " Tom has seven dogs. ", pair.tokenizer)
+    for wrong, count in ((prompt.replace("What", "How"), 0), (prompt + " What is left?", 2)):
+        ids = torch.tensor([pair.tokenizer(wrong)["input_ids"]])
+        with pytest.raises(ValueError, match=rf"'What is left\?' occurs {count} times in row 0"):
+            model.generate(ids, max_new_tokens=1)
+    swapped = pair.model(assistant_prompt_between=("What is left?", "How many legs?"))
+    with pytest.raises(ValueError, match="must name what stands before the question first"):
+        swapped.generate(torch.tensor([pair.tokenizer(prompt)["input_ids"]]), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_lead_in_stands_before_the_thought_positions(pair: Pair, chats: bool) -> None:
+    fields = (
+        {"assistant_model_name_or_path": str(pair.chat_assistant), "assistant_prompt": "{prompt}"} if chats else {}
+    )
+    plain, led = pair.model(**fields), pair.model(**fields, assistant_prefix=" seven {num_thought_tokens} dogs")
+    text = "What is nine less four?"
+    before, after = (read_text(model, text, pair.tokenizer) for model in (plain, led))
+    assert after.startswith(before)
+    ending = reader_of(led).assistant.tokenizer
+    assert (
+        after[len(before) :].split()
+        == ending.decode(
+            ending(" seven 4 dogs", add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        ).split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"assistant_prompt_between": "ab"}, TypeError, "must be two strings, got 'ab'"),
+        ({"assistant_prompt_between": ["a"]}, TypeError, r"must be two strings, got \['a'\]"),
+        ({"assistant_prompt_between": ["a", ""]}, ValueError, r"must be two texts, got \['a', ''\]"),
+        ({"assistant_prefix": "a", "assistant_shares_tokenizer": True}, ValueError, "`assistant_prefix` changes the"),
+        ({"assistant_prefix": 3}, TypeError, "`assistant_prefix` must be a string, got int"),
+    ],
+)
+def test_what_the_assistant_reads_is_checked(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SoftCoTConfig(assistant_model_name_or_path="x", **fields)
