@@ -45,7 +45,7 @@ def _has_dropout(model: nn.Module) -> bool:
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return True
     config: Any = model.config
-    fields = config.get_text_config(decoder=True).to_dict()
+    fields = vars(config.get_text_config(decoder=True))
     return any("drop" in name and isinstance(value, float) and value > 0 for name, value in fields.items())
 
 
