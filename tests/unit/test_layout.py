@@ -16,6 +16,7 @@ LINES = dict(re.findall(r"^\| (\d) \| .* \| ([^|]+) \|$", PAGE, flags=re.MULTILI
 PUBLIC = {
     "softcot_peft",
     "softcot_peft.analysis",
+    "softcot_peft.convert",
     "softcot_peft.live_rows",
     "softcot_peft.sources",
 }  # modules that tests may import from anywhere
@@ -63,7 +64,7 @@ def test_only_helpers_reaches_into_the_package() -> None:
 ORDER = (  # imports point from later ones to earlier ones
     "_version", "running", "compat", "rows", "checkpoint", "registration", "config_checks", "config", "sources",
     "embedding", "passes", "guards", "check_base", "hooks", "attached", "loading", "tuner", "precompute", "_controls",
-    "analysis", "live_rows", "chat_template", "conversations", "__init__",
+    "analysis", "convert", "live_rows", "chat_template", "conversations", "__init__",
 )  # fmt: skip
 PACKAGE = ROOT / "softcot_peft"
 
