@@ -5,7 +5,7 @@ r"""Converts published SoftCoT weights to adapters and back.
     python -m softcot_peft.convert my-adapter --back --output projection.bin
 
 A published file is a pickled state dict: `weight` `(H_base, H_assistant)` and `bias` `(H_base,)`, mostly in bfloat16;
-or (Self-SoftCoT) `0.weight`, `0.bias` and so on, a map for each thought position. It has neither N nor names of models.
+or (Self-SoftCoT) `0.weight`, `0.bias` and so on, a map for each position. It has neither N nor names of models.
 """
 
 from __future__ import annotations
