@@ -1,6 +1,11 @@
 """SoftCoT (arXiv 2502.12134) as a PEFT method. Importing the package registers the method with PEFT."""
 
+from typing import TYPE_CHECKING, Any
+
 from .registration import add_peft_type, register
+
+if TYPE_CHECKING:
+    from .precompute import compute_thoughts, use_thoughts
 
 add_peft_type()  # before the config is imported, whose `peft_type` is this member
 
@@ -8,7 +13,6 @@ from ._version import __version__  # noqa: E402
 from .chat_template import with_thought_tokens  # noqa: E402
 from .config import SoftCoTConfig  # noqa: E402
 from .conversations import split_conversations  # noqa: E402
-from .precompute import compute_thoughts, use_thoughts  # noqa: E402
 from .sources.find_assistant import use_assistant  # noqa: E402
 from .sources.tokenizers import use_tokenizer  # noqa: E402
 from .tuner import SoftCoTModel  # noqa: E402
@@ -26,3 +30,12 @@ __all__ = [
     "use_tokenizer",
     "with_thought_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few programs use when it is first asked for: passes and precomputation take a third of the time."""
+    if name in ("compute_thoughts", "use_thoughts"):
+        from . import precompute
+
+        return getattr(precompute, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

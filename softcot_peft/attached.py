@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from .compat.engines import device_map_of
 from .embedding import SoftCoTLayer
-from .hooks import ThoughtHooks
+
+if TYPE_CHECKING:
+    from .hooks import ThoughtHooks
 
 HOOKS = "softcot_hooks"  # the base's attribute that holds the hooks
 

@@ -20,7 +20,6 @@ from .compat.engines import device_map_of, is_whole
 from .compat.releases import attached_configs
 from .config import SoftCoTConfig
 from .embedding import SoftCoTLayer
-from .hooks import ThoughtHooks
 from .loading import load_checked
 from .rows.checks import check_adapter_names
 from .sources import BaseLM, make_source
@@ -150,6 +149,8 @@ class SoftCoTModel(BaseTuner):
                 {self._source_prefix + part: "cpu" for part, _ in source.named_children()}
             )
         if HOOKS not in self.model.__dict__:
+            from .hooks import ThoughtHooks  # not before there is a base: the passes take a third of the import's time
+
             hooks = ThoughtHooks(self.model, layer, functools.partial(load_checked, layer))
             setattr(self.model, HOOKS, hooks)
 
