@@ -167,8 +167,8 @@ def number(text: str) -> str | None:
 def asdiv_gold(answer: str) -> str | None:
     """Return the gold answer of a row of ASDiv if it is one number, "9 (apples)"; None for rows to omit.
 
-    2,093 of the 2,305 rows have one number. The others would need separate rules: 90 have several values (8; 40), 57
-    have names, yes or no, or other words, 43 ratios (5:6), 18 times of day, 3 ordinals (1st), 1 a day of a year.
+    2,093 of the 2,305 rows have one number. The others would need separate rules: 90 several values (8; 40), 57
+    names, yes or no, or other words, 43 ratios (5:6), 18 times of day, 3 ordinals (1st), 1 day of a year.
     """
     match = ONE_NUMBER.fullmatch(answer.strip())
     return value(match) if match else None
