@@ -149,7 +149,7 @@ class SoftCoTModel(BaseTuner):
                 {self._source_prefix + part: "cpu" for part, _ in source.named_children()}
             )
         if HOOKS not in self.model.__dict__:
-            from .hooks import ThoughtHooks  # not before there is a base: the passes take a third of the import's time
+            from .hooks import ThoughtHooks  # not before there is a base: importing the passes takes time
 
             hooks = ThoughtHooks(self.model, layer, functools.partial(load_checked, layer))
             setattr(self.model, HOOKS, hooks)

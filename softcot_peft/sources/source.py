@@ -22,7 +22,7 @@ class BaseLM:
     name_or_path: str | None
     hidden_size: int  # width of its input embeddings
     vocab_size: int | None  # number of ids with an embedding; `None` if unknown
-    model: PreTrainedModel  # the base itself; it is frozen, and not yet wrapped
+    model: PreTrainedModel  # the base itself, which is frozen
 
 
 @dataclass(frozen=True)
