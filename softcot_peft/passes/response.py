@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat.caches import CACHE_NAME, CACHE_NAMES, find_cache
+from ..compat.caches import CACHE_NAME, CACHE_NAMES
 from ..embedding import Writing
 from ..rows.arguments import PER_TOKEN_OUTPUTS
 from ..rows.divide import DividedRows
@@ -15,15 +15,6 @@ from ..sources import ThoughtSource
 from .head_loss import HeadLoss
 from .host import Host
 from .interface import Pass
-
-
-@torch.no_grad()
-def run_prompts(host: Host, source: ThoughtSource, rows: DividedRows) -> Any:
-    """Run the first pass: return the KV cache of the prompts, without logits if the base supports it."""
-    inputs = {**rows.prompt, "use_cache": True, "return_dict": True}
-    if "logits_to_keep" in host.names:
-        inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=rows.cut.device)
-    return find_cache(Pass(host, source).run(inputs))
 
 
 class ResponsePass(Pass):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from ..compat.caches import CACHE_NAME, can_crop
@@ -18,9 +20,9 @@ from ..rows.arguments import PER_TOKEN_OUTPUTS, tokens
 from ..rows.placement import Placement, positions
 from ..sources import ThoughtSource
 from .host import Host
-from .interface import InsertingPass, Pass
+from .interface import ROUNDING, InsertingPass, run_prompts
 
-ROUNDING = 1e-3  # relative; TF32 rounds as coarsely as float16
+_LOGGER = logging.getLogger(__name__)
 _PER_TOKEN = ("input_ids", "position_ids", "token_type_ids")  # besides the mask, which covers the cache, too
 _OTHERS = ("attention_mask", CACHE_NAME, "use_cache", "return_dict", "logits_to_keep", *PER_TOKEN_OUTPUTS)
 
@@ -63,7 +65,7 @@ class ContinuedPass(InsertingPass):
             cache: Empty; it can be cropped.
         """
         host, mask = self.host, _prompt_mask(inputs, placement)
-        Pass(host, self.source).run(_prompt_arguments(host, inputs, placement) | {CACHE_NAME: cache})
+        run_prompts(host, self.source, _prompt_arguments(host, inputs, placement), cache)
         self.states = states = host.read_after(self.source, cache, mask, placement.num_thoughts)
         self.insert(inputs, placement, states)
         for name in _PER_TOKEN:
@@ -101,7 +103,16 @@ class PromptSharing:
         ):
             return False
         if placement.padded not in self._results:
-            self._results[placement.padded] = self._try(inputs, placement, cache, source)
+            try:
+                agrees = self._try(inputs, placement, cache, source)
+                reason = "states or tokens after a cached prompt are not those of whole rows"
+            except Exception as error:  # models not written for this may fail in any way
+                if should_reduce_batch_size(error):  # out of memory: no result for the model
+                    return False
+                agrees, reason = False, f"it cannot continue from a cached prompt ({error})"
+            self._results[placement.padded] = agrees
+            if not agrees:
+                _LOGGER.info("%s runs prompts twice, for source and pass: %s.", type(self.host.model).__name__, reason)
         return self._results[placement.padded]
 
     def _try(self, inputs: dict[str, Any], placement: Placement, cache: Any, source: ThoughtSource) -> bool:
@@ -113,18 +124,15 @@ class PromptSharing:
         pick = torch.stack([lengths.argmin(), lengths.argmax()])
         rows = {name: value[pick] for name, value in inputs.items() if name in (*_PER_TOKEN, "attention_mask")}
         rows["return_dict"], few = True, placement.select(pick)
-        try:
-            with torch.no_grad(), evaluating(self.host.model), in_float32(self.host.model):
-                states = self.host.read(rows["input_ids"], few, source)
-                continued, whole = ContinuedPass(self.host, source), InsertingPass(self.host, source)
-                rest, own = {**rows, "use_cache": True, CACHE_NAME: copy.deepcopy(cache)}, copy.copy(rows)
-                continued.begin_after(rest, few, rest[CACHE_NAME])
-                found = continued.run(rest).logits[:, -1]
-                whole.insert_whole(own, few, states)
-                pairs = (whole.run(own | {"use_cache": False}).logits[:, -1], found), (states, continued.states)
-                return all(bool((one - two).norm() <= ROUNDING * one.norm()) for one, two in pairs)
-        except Exception:  # models not written for this may fail in any way
-            return False
+        with torch.no_grad(), evaluating(self.host.model), in_float32(self.host.model):
+            states = self.host.read(rows["input_ids"], few, source)
+            continued, whole = ContinuedPass(self.host, source), InsertingPass(self.host, source)
+            rest, own = {**rows, "use_cache": True, CACHE_NAME: copy.deepcopy(cache)}, copy.copy(rows)
+            continued.begin_after(rest, few, rest[CACHE_NAME])
+            found = continued.run(rest).logits[:, -1]
+            whole.insert_whole(own, few, states)
+            pairs = (whole.run(own | {"use_cache": False}).logits[:, -1], found), (states, continued.states)
+            return all(bool((one - two).norm() <= ROUNDING * one.norm()) for one, two in pairs)
 
 
 def _prompt_mask(inputs: dict[str, Any], placement: Placement) -> Tensor:
@@ -136,11 +144,9 @@ def _prompt_mask(inputs: dict[str, Any], placement: Placement) -> Tensor:
 
 
 def _prompt_arguments(host: Host, inputs: dict[str, Any], placement: Placement) -> dict[str, Any]:
-    """Return the arguments of a pass over the prompts of a prefill alone, without logits if possible."""
+    """Return the per-token arguments of a pass over the prompts of a prefill alone."""
     mask = _prompt_mask(inputs, placement)
     prompt = {name: inputs[name][..., : placement.latest] for name in _PER_TOKEN if inputs.get(name) is not None}
     if host.takes_positions and placement.padded and "position_ids" not in prompt:
         prompt["position_ids"] = positions(mask)
-    if "logits_to_keep" in host.names:
-        prompt["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=mask.device)
-    return {**prompt, "attention_mask": mask, "use_cache": True, "return_dict": True}
+    return {**prompt, "attention_mask": mask}

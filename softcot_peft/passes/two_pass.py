@@ -14,7 +14,8 @@ from ..rows.divide import divide
 from ..sources import ThoughtSource
 from .head_loss import HeadLoss
 from .host import Host
-from .response import ResponsePass, run_prompts
+from .interface import run_prompts
+from .response import ResponsePass
 from .shared_prompt import shares_prompts
 from .two_pass_trial import TwoPassTrial
 from .whole import WholeRows
@@ -49,7 +50,7 @@ class TwoPassTraining(WholeRows):
                 self.insert_whole(inputs, placement, states)
                 return
         rows = divide(inputs, placement, host.filler(source), host.takes_positions, source.shares_cache)
-        cache = run_prompts(host, source, rows)
+        cache = run_prompts(host, source, rows.prompt)
         if states is None and can_crop(cache):
             mask = rows.prompt.get("attention_mask", torch.ones_like(rows.prompt["input_ids"]))
             states = host.read_after(source, cache, mask, placement.num_thoughts)

@@ -23,12 +23,11 @@ from ..running import RUNNING
 from ..sources import ThoughtSource
 from .head_loss import cross_entropy
 from .host import Host
-from .interface import InsertingPass, Pass
-from .response import ResponsePass, run_prompts
+from .interface import ROUNDING, InsertingPass, Pass, run_prompts
+from .response import ResponsePass
 from .two_pass_obstacles import CHECKPOINTING, SPLIT_ARGUMENTS, obstacle
 
 _LOGGER = logging.getLogger(__name__)
-_ROUNDING = 1e-3  # relative; TF32 has the precision of float16
 _SCALE = 2.0**6  # exact in every dtype; the logits, in the hundreds, exceed every published soft cap
 
 
@@ -158,7 +157,7 @@ class TwoPassTrial:
         inputs["return_dict"] = True
         rest = dict(inputs)
         rows = divide(inputs, placement, host.filler(source), host.takes_positions, source.shares_cache)
-        cache = run_prompts(host, source, rows)
+        cache = run_prompts(host, source, rows.prompt)
         if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
             return False
         response = ResponsePass(host, source, rows, states)
@@ -174,4 +173,4 @@ class TwoPassTrial:
             compared = compared & placement.attention_mask.bool()
         two = take(output.logits, index.clamp(0, output.logits.shape[1] - 1))
         pairs = (expected.loss, output.loss), (expected.logits[compared], two[compared])
-        return all(bool((one - two).float().norm() <= _ROUNDING * one.float().norm()) for one, two in pairs)
+        return all(bool((one - two).float().norm() <= ROUNDING * one.float().norm()) for one, two in pairs)

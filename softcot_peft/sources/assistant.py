@@ -45,8 +45,7 @@ class AssistantSource(ThoughtSource):
         self.assistant = assistant
         self.reader = self._make_reader(assistant)
         self.projection = make_projection(config, assistant.hidden_size, base.hidden_size)
-        if config.projection_init == "matched" and not config.inference_mode:
-            match_scale(self)
+        match_scale(self)
 
     @classmethod
     def _needs_tokenizer(cls, config: SoftCoTConfig) -> bool:

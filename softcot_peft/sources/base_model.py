@@ -57,8 +57,7 @@ class BaseSource(ThoughtSource):
         self.projection = make_projection(config, width, base.hidden_size)
         token = self.thought_token_id
         self.position_token_id = ordinary_token(base.model) if token is None else token
-        if config.projection_init == "matched" and not config.inference_mode:
-            match_scale(self)
+        match_scale(self)
 
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """The base's last hidden states at the thought positions, `(B, 1, N, H_base)`, in its dtype."""

@@ -10,8 +10,53 @@ from ..config import SoftCoTConfig
 from .projections import register_projection
 
 
+class _LinearMap:
+    """What linear maps share: weights `(..., H_base, H_source)` and biases `(..., H_base)`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @torch.no_grad()
+    def initialise(self, kind: str) -> None:
+        """Set the maps to zero (`"zero"`) or to the identity (`"identity"`).
+
+        Raises:
+            ValueError: The identity would map to another width.
+        """
+        self.bias.zero_()
+        self.weight.zero_()
+        if kind == "identity":
+            if self.weight.shape[-1] != self.weight.shape[-2]:
+                raise ValueError(
+                    "`projection_init='identity'` needs a source as wide as the base's embeddings, got "
+                    f"{self.weight.shape[-1]} and {self.weight.shape[-2]}. Use 'default', 'zero' or 'matched'."
+                )
+            self.weight.diagonal(dim1=-2, dim2=-1).fill_(1)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply what it projects to by a factor."""
+        self.weight.mul_(factor)
+        self.bias.mul_(factor)
+
+    def check_whole(self) -> None:
+        """Check that the weights are here: called in `forward`, after accelerate's hooks have loaded offloaded ones.
+
+        Raises:
+            RuntimeError: The weights are sharded or offloaded and not gathered, or were never loaded.
+        """
+        if not is_whole(self.weight):
+            raise RuntimeError(
+                "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
+                "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
+                "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
+                "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
+                "call `load_adapter` or `set_peft_model_state_dict`."
+            )
+
+
 @register_projection("linear")
-class LinearProjection(nn.Linear):
+class LinearProjection(_LinearMap, nn.Linear):  # type: ignore[misc]  # whose bias may be None
     """`s = W t + b` (section 3 of arXiv 2502.12134).
 
     Args:
@@ -27,29 +72,13 @@ class LinearProjection(nn.Linear):
             nn.init.normal_(self.weight)
             nn.init.normal_(self.bias)
 
-    def initialise(self, kind: str) -> None:
-        """Set the weights to zero (`"zero"`) or to the identity (`"identity"`)."""
-        _initialise(self.weight, self.bias, kind)
-
-    def rescale(self, factor: float) -> None:
-        """Multiply what it projects to by a factor."""
-        self.weight.mul_(factor)
-        self.bias.mul_(factor)
-
     def forward(self, states: Tensor) -> Tensor:
         """Project `(..., H_source)` to `(..., H_base)`, in the projection's dtype and on its device.
 
         Raises:
             RuntimeError: The weights are sharded or offloaded and not gathered, or were never loaded.
         """
-        if not is_whole(self.weight):  # checked here, after accelerate's hooks have loaded offloaded weights
-            raise RuntimeError(
-                "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
-                "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
-                "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
-                "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
-                "call `load_adapter` or `set_peft_model_state_dict`."
-            )
+        self.check_whole()
         return super().forward(states.to(self.weight))
 
 
@@ -89,7 +118,7 @@ class MLPProjection(nn.Module):
 
 
 @register_projection("per_position")
-class PerPositionProjection(nn.Module):
+class PerPositionProjection(_LinearMap, nn.Module):
     """`s_n = W_n t_n + b_n`: a linear map for each thought position (Self-SoftCoT, ACL 2026).
 
     Args:
@@ -108,21 +137,14 @@ class PerPositionProjection(nn.Module):
             else:
                 nn.init.normal_(parameter)
 
-    def initialise(self, kind: str) -> None:
-        """Set the maps to zero (`"zero"`) or to the identity (`"identity"`)."""
-        _initialise(self.weight, self.bias, kind)
-
-    def rescale(self, factor: float) -> None:
-        """Multiply what it projects to by a factor."""
-        self.weight.mul_(factor)
-        self.bias.mul_(factor)
-
     def forward(self, states: Tensor) -> Tensor:
         """Project `(..., N, H_source)` to `(..., N, H_base)`; N may be smaller than the number of maps.
 
         Raises:
+            RuntimeError: As for [`LinearProjection`].
             ValueError: There are more thoughts than maps.
         """
+        self.check_whole()
         num = states.shape[-2]
         if num > len(self.weight):
             raise ValueError(
@@ -131,21 +153,3 @@ class PerPositionProjection(nn.Module):
             )
         weight, bias = self.weight[:num], self.bias[:num]
         return torch.einsum("...nh,noh->...no", states.to(weight), weight) + bias
-
-
-@torch.no_grad()
-def _initialise(weight: Tensor, bias: Tensor, kind: str) -> None:
-    """Set weights `(..., H_base, H_source)` and biases `(..., H_base)` to those of the zero or the identity map.
-
-    Raises:
-        ValueError: The identity would map to another width.
-    """
-    bias.zero_()
-    weight.zero_()
-    if kind == "identity":
-        if weight.shape[-1] != weight.shape[-2]:
-            raise ValueError(
-                "`projection_init='identity'` needs a source as wide as the base's embeddings, got "
-                f"{weight.shape[-1]} and {weight.shape[-2]}. Use 'default', 'zero' or 'matched'."
-            )
-        weight.diagonal(dim1=-2, dim2=-1).fill_(1)

@@ -16,11 +16,15 @@ _COUNT = 32  # ids, if the source reads ids
 def match_scale(source: ThoughtSource) -> None:
     """Scale a source's projection, so that its thoughts of a short text have the median norm of the text's tokens.
 
+    Does nothing unless the config asks for `projection_init="matched"` and a projection that is to be trained.
+
     Both depend on the frozen models alone, so that every process finds the same scale.
 
     Raises:
         ValueError: The base is not in memory, or the projection cannot be scaled.
     """
+    if source.config.projection_init != "matched" or source.config.inference_mode:
+        return
     embedding = source.base.model.get_input_embeddings()
     weight = next(embedding.parameters())
     rescale = getattr(source.projection, "rescale", None)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..compat.engines import is_whole
 from ..config import SoftCoTConfig
+from .registry import Registry
 
 _P = TypeVar("_P", bound=type[nn.Module])
 
-_registered: dict[str, type[nn.Module]] = {}
+PROJECTIONS: Registry[nn.Module] = Registry("projection", "register_projection")
 
 
 def register_projection(name: str) -> Callable[[_P], _P]:
@@ -44,15 +45,7 @@ def register_projection(name: str) -> Callable[[_P], _P]:
                 super().__init__(nn.Linear(source_size, 256), nn.GELU(), nn.Linear(256, base_size))
         ```
     """
-
-    def register(projection: _P) -> _P:
-        known = _registered.setdefault(name, projection)
-        if (known.__module__, known.__qualname__) != (projection.__module__, projection.__qualname__):
-            raise ValueError(f"`name` must be new, got {name!r}, which {known.__qualname__} has. Choose another.")
-        _registered[name] = projection
-        return projection
-
-    return register
+    return PROJECTIONS.register(name)
 
 
 def make_projection(config: SoftCoTConfig, source_size: int, base_size: int) -> nn.Module:
@@ -62,12 +55,7 @@ def make_projection(config: SoftCoTConfig, source_size: int, base_size: int) -> 
         ValueError: No projection is registered under the name, or it has no such initialisation.
     """
     name, kind = config.projection, config.projection_init
-    if name not in _registered:
-        raise ValueError(
-            f"`projection` must be one of {sorted(_registered)}, got {name!r}. If it is your own, import the module "
-            "that calls `register_projection` first."
-        )
-    projection = _registered[name](source_size, base_size, config)
+    projection = PROJECTIONS.find(name)(source_size, base_size, config)
     if kind not in ("default", "matched"):
         initialise = getattr(projection, "initialise", None)
         if not callable(initialise):

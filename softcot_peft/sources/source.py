@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..compat.engines import full_shape
 from ..config import SoftCoTConfig
+from .registry import Registry
 from .tokenizers import base_tokenizer, thought_token_id
 
 
@@ -41,7 +43,7 @@ class Precomputed(Protocol):
         """Return the states of a batch's prompts, `(B, K * N * H_source)`, or `None` if any is missing."""
 
 
-class ThoughtSource(nn.Module):
+class ThoughtSource(nn.Module, ABC):
     """Base class of modules that turn prompts into soft thoughts. Each adapter has one and trains its parameters.
 
     A source works in two steps, and a subclass implements both. `read` computes states from the prompts, once per
@@ -99,6 +101,7 @@ class ThoughtSource(nn.Module):
         """Return whether the source needs the base's tokenizer, to look up `thought_token` or to decode prompts."""
         return config.thought_token is not None
 
+    @abstractmethod
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """Compute states from prompts.
 
@@ -109,7 +112,6 @@ class ThoughtSource(nn.Module):
         Returns:
             States `(B, K, N, H_source)`, which may require grad. A row must not depend on other rows or on padding.
         """
-        raise NotImplementedError
 
     def read_own(
         self, input_ids: Tensor, attention_mask: Tensor | None, num_thoughts: int, rows: int, device: torch.device
@@ -142,7 +144,7 @@ class ThoughtSource(nn.Module):
             prompt_mask: `(B, P)`, 1 = part of the prompt.
             num_thoughts: N.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"Thought source {self.kind!r} has `shares_cache=True` and must have `read_after`.")
 
     def states(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """Return precomputed states if there are any, else those of `read`."""
@@ -153,9 +155,9 @@ class ThoughtSource(nn.Module):
             return self.read(prompts, num_thoughts)
         return known.view(len(known), self.num_chains, num_thoughts, -1).to(prompts.device)
 
+    @abstractmethod
     def project(self, states: Tensor) -> Tensor:
         """Map states `(B, K, N, H_source)` to soft thoughts `(B, K, N, H_base)` of any dtype, on any device."""
-        raise NotImplementedError
 
     def forward(self, states: Tensor) -> Tensor:
         """Call `project`. Forward hooks on this module can read and replace the soft thoughts."""
@@ -193,7 +195,7 @@ class ThoughtSource(nn.Module):
 
 _S = TypeVar("_S", bound=type[ThoughtSource])
 
-_registered: dict[str, type[ThoughtSource]] = {}
+SOURCES: Registry[ThoughtSource] = Registry("thought_source", "register_source")
 
 
 def register_source(name: str) -> Callable[[_S], _S]:
@@ -225,12 +227,8 @@ def register_source(name: str) -> Callable[[_S], _S]:
     """
 
     def register(source: _S) -> _S:
-        known = _registered.setdefault(name, source)
-        if (known.__module__, known.__qualname__) != (source.__module__, source.__qualname__):
-            raise ValueError(f"`name` must be new, got {name!r}, which {known.__qualname__} has. Choose another.")
         source.kind = name
-        _registered[name] = source
-        return source
+        return SOURCES.register(name)(source)
 
     return register
 
@@ -241,9 +239,4 @@ def make_source(config: SoftCoTConfig, base: BaseLM) -> ThoughtSource:
     Raises:
         ValueError: No source is registered under the name, or it does not match the base.
     """
-    if config.thought_source not in _registered:
-        raise ValueError(
-            f"`thought_source` must be one of {sorted(_registered)}, got {config.thought_source!r}. If it is your "
-            "own, import the module that calls `register_source` first."
-        )
-    return _registered[config.thought_source](config, base)
+    return SOURCES.find(config.thought_source)(config, base)

@@ -34,8 +34,8 @@ WEIGHT = 0.25
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test registers what it needs, and nothing stays."""
-    monkeypatch.setattr(source, "_registered", dict(source._registered))
-    monkeypatch.setattr(projections, "_registered", dict(projections._registered))
+    monkeypatch.setattr(source.SOURCES, "classes", dict(source.SOURCES.classes))
+    monkeypatch.setattr(projections.PROJECTIONS, "classes", dict(projections.PROJECTIONS.classes))
     return
 
 
@@ -225,6 +225,19 @@ def test_the_parameters_of_a_source_are_in_its_children(pair: Pair) -> None:
             super().__init__(config, base)
             self.thought = nn.Parameter(torch.zeros(base.hidden_size))
 
+        def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
+            return torch.zeros(len(prompts.input_ids), 1, num_thoughts, 1)
+
+        def project(self, states: Tensor) -> Tensor:
+            return states * self.thought
+
     config = SoftCoTConfig(task_type="CAUSAL_LM", thought_source="bare")
     with pytest.raises(TypeError, match=r"must be in child modules, but Bare has \['thought'\] of its own"):
+        get_peft_model(pair.load_base(), config)
+
+
+def test_a_source_must_read_and_project(pair: Pair) -> None:
+    register_source("neither")(type("Neither", (ThoughtSource,), {}))
+    config = SoftCoTConfig(task_type="CAUSAL_LM", thought_source="neither")
+    with pytest.raises(TypeError, match=r"abstract class Neither .*project.*read"):
         get_peft_model(pair.load_base(), config)
