@@ -60,6 +60,14 @@ class SoftCoTConfig(PeftConfig):
         two_pass_training: Whether training steps run the prompts without gradient into a KV cache, and only thoughts
             and responses with gradient, if the base supports it. Loss and gradients are the same, in half the time;
             `logits` of the output is `None`. `False`: always one pass, with logits.
+        num_chains: K, the number of chains of SoftCoT++ (arXiv 2505.11484). Each is another run of thoughts for the
+            same prompt: training averages the loss over all, and `generate` answers once for each.
+        chain_init: What stands at the assistant's thought positions in each chain. `"trained"`: an embedding of its
+            own, trained with the projection. `"fixed"`: the embedding of a token, as in the published code. `None`:
+            as `"trained"` if there are several chains, else `assistant_thought_token`.
+        chain_token_ids: Ids of the assistant's tokens whose embeddings the chains begin with, K of them. `None`:
+            spread evenly over its vocabulary.
+        contrastive_weight: Weight of the term that keeps the chains apart (arXiv 2505.11484) in the training loss.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
@@ -119,6 +127,16 @@ class SoftCoTConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "Whether to use the default initialisation."})
     two_pass_training: bool = field(
         default=True, metadata={"help": "Whether training runs prompts without gradient, if the base supports it."}
+    )
+    num_chains: int = field(default=1, metadata={"help": "Number of chains (SoftCoT++)."})
+    chain_init: Literal["trained", "fixed"] | None = field(
+        default=None, metadata={"help": "The chains' embeddings in the assistant: 'trained' or 'fixed'."}
+    )
+    chain_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Ids of the assistant's tokens that the chains begin with."}
+    )
+    contrastive_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the loss term that keeps chains apart."}
     )
     assistant_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the assistant's last hidden states. Written on save."}

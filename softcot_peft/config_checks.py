@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_INT_FIELDS = ("num_thought_tokens", "inference_num_thought_tokens")
+_INT_FIELDS = ("num_thought_tokens", "inference_num_thought_tokens", "num_chains")
 _NAME_FIELDS = ("thought_source", "projection")
 _STRING_FIELDS = (
     *_NAME_FIELDS,
@@ -26,6 +26,8 @@ _ASSISTANT_FIELDS = (  # read by the source "assistant" alone
     "assistant_thought_token",
     "assistant_shares_tokenizer",
     "assistant_dtype",
+    "chain_init",
+    "chain_token_ids",
 )
 # What the assistant reads is text with any of these.
 READ_AS_TEXT = ("assistant_prompt", "assistant_prefix", "assistant_prompt_between")
@@ -33,6 +35,7 @@ _PATH_FIELDS = ("assistant_model_name_or_path", "tokenizer_name_or_path")  # str
 _BOOL_FIELDS = ("assistant_shares_tokenizer", "init_weights", "two_pass_training")  # the first may be `None`
 _MAX_THOUGHTS = 2**16  # more than any LM reads well, few enough that an untrusted config cannot exhaust memory
 _INITIALISATIONS = ("default", "identity", "zero", "matched")
+_CHAIN_INITS = (None, "trained", "fixed")
 _PLACEMENTS = ("prompt_end", "thought_token")
 
 
@@ -59,10 +62,16 @@ def check_types(config: Any) -> None:
         config.assistant_prompt_between = list(between)  # as JSON has it
     for name in _INT_FIELDS:
         value = getattr(config, name)
-        if value is None and name != _INT_FIELDS[0]:
+        if value is None and name == "inference_num_thought_tokens":
             continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    ids = config.chain_token_ids
+    if ids is not None and not (isinstance(ids, (list, tuple)) and all(type(found) is int for found in ids)):
+        raise TypeError(f"`chain_token_ids` must be a list of integers, got {ids!r}.")
+    config.chain_token_ids = None if ids is None else list(ids)
+    if type(config.contrastive_weight) not in (int, float):
+        raise TypeError(f"`contrastive_weight` must be a number, got {config.contrastive_weight!r}.")
     for name in _BOOL_FIELDS:
         value = getattr(config, name)
         if not isinstance(value, bool) and (value is not None or name != _BOOL_FIELDS[0]):
@@ -76,6 +85,7 @@ def check_values(config: Any) -> None:
         ValueError: A field has an invalid value, or two fields contradict each other.
     """
     _check_source(config)
+    _check_chains(config)
     for name in _INT_FIELDS:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -104,6 +114,30 @@ def check_values(config: Any) -> None:
             f"`{given[0]}` changes the prompt's text, so `assistant_shares_tokenizer=True` (ids fed as they "
             "are) contradicts it. Leave one of the two at None."
         )
+
+
+def _check_chains(config: Any) -> None:
+    """Check the chains, and what the loss adds for them."""
+    if config.chain_init not in _CHAIN_INITS:
+        raise ValueError(f"`chain_init` must be one of {_CHAIN_INITS}, got {config.chain_init!r}.")
+    if config.thought_source == "base" and config.num_chains != 1:
+        raise ValueError(
+            f"`num_chains` must be 1 with `thought_source='base'`, got {config.num_chains}: chains differ in what "
+            "an assistant reads. Use `thought_source='assistant'`."
+        )
+    ids = config.chain_token_ids
+    if ids is not None and config.num_chains == 1 and config.chain_init is None:
+        raise ValueError(
+            f"`chain_token_ids` must be None without chains, got {ids!r}. Set `num_chains`, or `chain_init` to train "
+            "or choose the embedding of a single one."
+        )
+    if ids is not None and not (len(ids) == len(set(ids)) == config.num_chains and min(ids, default=-1) >= 0):
+        raise ValueError(
+            f"`chain_token_ids` must be {config.num_chains} different ids (`num_chains`), got {ids!r}. Name one for "
+            "each chain."
+        )
+    if not 0 <= config.contrastive_weight < float("inf"):
+        raise ValueError(f"`contrastive_weight` must be at least 0 and finite, got {config.contrastive_weight}.")
 
 
 def _check_source(config: Any) -> None:

@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .checkpoint.weights import OWN, name_in_model
-from .compat.engines import full_shape, uncompiled
+from .compat.engines import uncompiled
+from .compat.models import embedding_width
 from .rows.columns import write_thoughts
 from .running import RUNNING
 from .sources import ThoughtSource
@@ -51,9 +52,8 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_hidden_size(self) -> int:
-        """Width of the base's input embeddings; packed weights (GGUF, 4-bit) have a different width."""
-        width = getattr(self.base_layer, "embedding_dim", None)
-        return width if isinstance(width, int) else int(full_shape(self.weight)[-1])
+        """Width of the base's input embeddings."""
+        return embedding_width(self.base_layer)
 
     @property
     def vocabulary(self) -> int | None:

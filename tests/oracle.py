@@ -32,6 +32,7 @@ class Oracle:
         num: N.
         same_ids: Whether the assistant reads the base's ids.
         filler: What stands at the assistant's thought positions; `None`: its unk token, else its eos token.
+        vector: The embedding that stands there instead, `(H_embedding,)`.
     """
 
     base_folder: Path
@@ -41,6 +42,7 @@ class Oracle:
     num: int
     same_ids: bool = False
     filler: int | None = None
+    vector: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.base = AutoModelForCausalLM.from_pretrained(self.base_folder).eval()
@@ -71,7 +73,11 @@ class Oracle:
         filler = unk if unk is not None else self.assistant_tokenizer.eos_token_id
         filler = filler if self.filler is None else self.filler
         ids = torch.tensor([self.assistant_ids(prompt) + [filler] * self.num])
-        hidden = self.assistant(ids, output_hidden_states=True).hidden_states[-1][0, -self.num :]
+        embeddings = self.assistant.get_input_embeddings()(ids)
+        if self.vector is not None:
+            before = embeddings[:, : -self.num]
+            embeddings = torch.cat([before, self.vector.expand(1, self.num, -1)], 1)
+        hidden = self.assistant(inputs_embeds=embeddings, output_hidden_states=True).hidden_states[-1][0, -self.num :]
         return hidden @ self.weight.T + self.bias
 
     def logits(self, before: list[int], after: list[int], prompt: list[int] | None = None) -> Tensor:

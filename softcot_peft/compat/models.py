@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .engines import full_shape
+
 _MAX_WIDTH = 2**16  # hidden size, several times that of the widest published LM
 
 
@@ -116,6 +118,12 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
         f"The assistant must be a causal LM with a backbone of its own, got {type(model).__name__}. Choose another "
         "assistant."
     )
+
+
+def embedding_width(table: nn.Module) -> int:
+    """Return the width of an embedding; packed weights (GGUF, 4-bit) have another one."""
+    width = getattr(table, "embedding_dim", None)
+    return width if isinstance(width, int) else int(full_shape(table.weight)[-1])  # type: ignore[arg-type]
 
 
 def is_table(module: nn.Module) -> bool:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..compat.caches import find_cache
-from ..rows.arguments import pop_own, tokens
+from ..rows.arguments import pop_own, repeat_for_chains, tokens
 from ..rows.checks import check_arguments
 from ..rows.placement import Placement, align_left, trailing
 from ..sources import ThoughtSource
@@ -32,13 +33,16 @@ def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any
     Right-padded prompts become left-padded, because new tokens follow the last column. The result still contains the
     caller's prompts as they were.
 
+    With several chains, a prompt has an answer for each of them, in adjacent rows, as with `num_return_sequences`.
+
     Raises:
         ValueError: The prompts cannot be combined with thoughts, or an option would run the base without them.
     """
     own = pop_own(kwargs)
-    source = host.layer.active_source()
+    requested, source = own.pop("chains"), host.layer.active_source()
     if source is None:
         return original(*args, **kwargs)
+    chains = source.select_chains(requested)
     bound = inspect.signature(original).bind(*args, **kwargs).arguments
     inputs = {**bound.pop("kwargs", {}), **bound}
     if inputs.get("inputs") is not None and inputs.get("input_ids") is None:
@@ -50,7 +54,7 @@ def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = infer_mask(inputs, host.model)
     prompt, length = inputs.get("input_ids"), tokens(inputs).shape[1]
-    generation = _start(host, inputs, source, own)
+    generation = _start(host, inputs, source, own, chains)
     token = GENERATION.set(generation)
     try:
         result = original(**inputs)
@@ -62,8 +66,17 @@ def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any
     return result
 
 
-def _start(host: Host, inputs: dict[str, Any], source: ThoughtSource, own: dict[str, Tensor | None]) -> Generation:
-    """Locate the thoughts, run the source on the prompts, and make right-padded prompts left-padded, in place."""
+def _start(
+    host: Host,
+    inputs: dict[str, Any],
+    source: ThoughtSource,
+    own: dict[str, Tensor | None],
+    chains: tuple[int, ...],
+) -> Generation:
+    """Locate the thoughts, run the source on the prompts, and change the prompts in place.
+
+    Right-padded prompts become left-padded, and each is repeated for its chains.
+    """
     placement, model = host.locate(inputs, source), host.model
     mask, cache = inputs["attention_mask"], find_cache(inputs)
     new = max_new(inputs, model, mask.shape[1])
@@ -72,9 +85,14 @@ def _start(host: Host, inputs: dict[str, Any], source: ThoughtSource, own: dict[
     first, prompt = distinct_rows(model, inputs, own, mask)
     ids = inputs.get("input_ids")
     distinct = placement if len(first) == len(prompt) else placement.select(first)
-    read = functools.partial(host.read, ids if ids is None else ids[first], distinct, source, own)
+    read = functools.partial(host.read, ids if ids is None else ids[first], distinct, source, own, chains=chains)
     if placement.padded and (mask[:, -1] == 0).any():
         placement = _align(inputs, placement, mask)
+    if len(chains) > 1:
+        repeat_for_chains(inputs, len(mask), len(chains))
+        placement = placement.expand(len(mask) * len(chains))
+        each = torch.arange(len(chains), device=first.device)
+        first, prompt = ((rows[:, None] * len(chains) + each).flatten() for rows in (first, prompt))
     generation = Generation(model, placement, read, mask.shape[1], first, prompt)
     if not shares_prompts(host, source, placement, own):
         _ = generation.states  # before anything of the base runs

@@ -27,17 +27,17 @@ class Generation:
 
     model: nn.Module  # the base
     placement: Placement  # the thought positions; the prompts end in the last column
-    read: Callable[[], Tensor]  # runs the source on D distinct prompts: states `(D, K, N, H_source)`
+    read: Callable[[], Tensor]  # runs the source on distinct prompts: states `(D / C, C, N, H_source)`
     length: int  # number of columns of the prompts
-    first: Tensor  # the first row of each distinct prompt, `(D,)`
-    prompt: Tensor  # index of each row's distinct prompt, `(B,)`
+    first: Tensor  # the first row of each distinct prompt and chain, `(D,)`
+    prompt: Tensor  # index of each row's distinct prompt and chain, `(B,)`
     consumed: int = 0  # columns processed so far; fewer than `length` during chunked prefill
     _expanded: Placement | None = None
 
     @cached_property
     def states(self) -> Tensor:
-        """The source's states for D distinct prompts, `(D, K, N, H_source)`; read once."""
-        return self.read()
+        """The source's states for D distinct prompts and chains, `(D, 1, N, H_source)`; read once."""
+        return self.read().flatten(0, 1)[:, None]
 
     def placement_of(self, rows: int) -> Placement:
         """Return the placement with each row repeated for its beams or returned sequences; cached."""

@@ -83,6 +83,7 @@ class Host:
         source: ThoughtSource,
         own: Mapping[str, Tensor | None] = MappingProxyType({}),
         afresh: bool = False,
+        chains: tuple[int, ...] = (0,),
     ) -> Tensor:
         """Run the source on the prompts of a batch, once.
 
@@ -93,9 +94,10 @@ class Host:
             own: The caller's input for the source: `assistant_input_ids` `(B, P)`, ending in N thought positions, and
                 `assistant_attention_mask`.
             afresh: Whether to ignore precomputed states.
+            chains: The chains to read, C of them.
 
         Returns:
-            The source's states, `(B, K, N, H_source)`, on the base's device.
+            The source's states, `(B, C, N, H_source)`, on the base's device.
 
         Raises:
             ValueError: The caller's input is invalid, or another method's adapter, attached later, wraps the embedding
@@ -110,10 +112,10 @@ class Host:
         with reading():
             if own_ids is not None:
                 rows = len(placement.start)
-                return source.read_own(own_ids, own.get("assistant_attention_mask"), num, rows, device)
+                return source.read_own(own_ids, own.get("assistant_attention_mask"), num, rows, device, chains)
             if input_ids is None:
                 raise ValueError("`input_ids` must be given for the assistant to read, got none.")
-            batch = Prompts(*prompts(input_ids, placement), device)
+            batch = Prompts(*prompts(input_ids, placement), device, chains)
             return source.read(batch, num) if afresh else source.states(batch, num)
 
     def read_after(self, source: ThoughtSource, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..compat.caches import can_crop
+from ..rows.arguments import repeat_for_chains
 from ..rows.divide import divide
 from ..sources import ThoughtSource
 from .head_loss import HeadLoss
@@ -45,9 +46,9 @@ class TwoPassTraining(WholeRows):
         (placement, own), host, source = self.locate(inputs), self.host, self.source
         states = None
         if not (shares_prompts(host, source, placement, own) and self.trial.is_proven(inputs, placement, source)):
-            states = host.read(inputs.get("input_ids"), placement, source, own)
-            if not self.trial.allows(inputs, placement, states, source):
-                self.insert_whole(inputs, placement, states)
+            states = host.read(inputs.get("input_ids"), placement, source, own, chains=self.chains)
+            if not self.trial.allows(inputs, placement, states[:, :1], source):
+                self.insert_chains(inputs, placement, states)
                 return
         rows = divide(inputs, placement, host.filler(source), host.takes_positions, source.shares_cache)
         cache = run_prompts(host, source, rows.prompt)
@@ -56,6 +57,10 @@ class TwoPassTraining(WholeRows):
             states = host.read_after(source, cache, mask, placement.num_thoughts)
         elif states is None:
             states = host.read(inputs.get("input_ids"), placement, source, own)
+        if (chains := states.shape[1]) > 1:  # the prompts run once for all chains
+            cache.batch_repeat_interleave(chains)
+            rows = rows.repeated(chains)
+            repeat_for_chains(inputs, len(placement.start), chains)
         self.response = ResponsePass(host, self.source, rows, states)
         self.response.begin_after(inputs, cache, self.trial.replaces_head())
         self.writing = self.response.writing
@@ -64,4 +69,4 @@ class TwoPassTraining(WholeRows):
         """Align the outputs with the caller's tokens."""
         if self.response is None:
             return super().finish(output)
-        return self.add_auxiliary_loss(self.response.finish(output))
+        return self.add_auxiliary_loss(self.keep_first_chain(self.response.finish(output)))

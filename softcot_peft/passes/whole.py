@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..compat.caches import find_cache
-from ..rows.arguments import drop_early_labels, pop_own, tokens
+from ..rows.arguments import drop_early_labels, pop_own, repeat_for_chains, tokens
 from ..rows.checks import check_arguments
+from ..rows.columns import first_of_each
+from ..rows.facts import IGNORED
 from ..rows.placement import Placement
 from .cache_record import check_room, remember
 from .interface import InsertingPass
@@ -26,18 +28,32 @@ class WholeRows(InsertingPass):
     """Locates the thoughts of whole rows, runs the source on the prompts, and inserts the thoughts."""
 
     labelled: bool = False  # whether the caller requests a loss
+    rows: int  # number of the caller's rows
+    chains: tuple[int, ...] = (0,)  # the chains to run; the logits are those of the first one
+    share: Tensor | None = None  # of this batch in the labels of a step that accumulates gradients; `None`: all
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Run the source on the prompts and insert the thoughts."""
         placement, own = self.locate(inputs)
-        states = self.host.read(inputs.get("input_ids"), placement, self.source, own)
+        states = self.host.read(inputs.get("input_ids"), placement, self.source, own, chains=self.chains)
+        self.insert_chains(inputs, placement, states)
+
+    def insert_chains(self, inputs: dict[str, Any], placement: Placement, states: Tensor) -> None:
+        """Insert into whole rows, once for each chain."""
+        rows, chains = len(placement.start), states.shape[1]
+        if chains > 1:
+            repeat_for_chains(inputs, rows, chains)
+            placement = placement.expand(rows * chains)
         self.insert_whole(inputs, placement, states)
 
     def locate(self, inputs: dict[str, Any]) -> tuple[Placement, dict[str, Tensor | None]]:
         """Check the arguments; returns the placement of the thoughts and the caller's own input for the source."""
         own = pop_own(inputs)
+        requested = own.pop("chains")
         check_arguments(inputs, own)
+        self.rows = len(tokens(inputs))
         self.labelled = inputs.get("labels") is not None
+        self.chains = self._choose_chains(requested, inputs)
         placement = self.host.locate(inputs, self.source)
         length = tokens(inputs).shape[1]
         check_room(self.host.model, find_cache(inputs), inputs, length, placement.num_inserted)
@@ -45,7 +61,31 @@ class WholeRows(InsertingPass):
         if placement.has_early_labels:
             drop_early_labels(inputs, placement)
             self.host.warn_once(_EARLY_LABELS)
+        if self.labelled and inputs.get("num_items_in_batch") is not None:
+            self.share = (inputs["labels"][:, 1:] != IGNORED).sum() / inputs["num_items_in_batch"]
         return placement, own
+
+    def _choose_chains(self, requested: Any, inputs: dict[str, Any]) -> tuple[int, ...]:
+        """Return the chains to run: all for a loss, one for logits."""
+        labelled = self.labelled or inputs.get("shift_labels") is not None
+        trains = self.host.model.training and torch.is_grad_enabled()
+        chains = self.source.select_chains(requested if requested is not None or labelled or trains else 0)
+        if len(chains) == 1:
+            return chains
+        if not labelled:
+            raise ValueError(
+                f"`chains` must name one chain in a pass without `labels`, whose logits are that chain's, got {chains}"
+                f"{'' if requested else ', the default in training'}. Pass `chains=0`, or `labels` to train all; "
+                "trainers that compute their loss from logits (DPO, GRPO) cannot train several."
+            )
+        if inputs.get("use_cache") or find_cache(inputs) is not None:
+            raise ValueError(
+                f"`use_cache` must not be set in a pass that runs the chains {chains}, since its rows are not the "
+                "caller's. Pass `chains=0`."
+            )
+        if "use_cache" in self.host.names:
+            inputs["use_cache"] = False
+        return chains
 
     def finish(self, output: Any) -> Any:
         """Record the thought positions on the cache, and remove them from the output."""
@@ -53,7 +93,13 @@ class WholeRows(InsertingPass):
         cache = find_cache(output)
         if cache is not None and self.placement is not None and not isinstance(cache, (Tensor, tuple, list)):
             remember(cache, self.placement, str(self.host.layer.active_name()), self.length)
-        return self.add_auxiliary_loss(super().finish(output))
+        return self.add_auxiliary_loss(self.keep_first_chain(super().finish(output)))
+
+    def keep_first_chain(self, output: Any) -> Any:
+        """Keep the rows of the first chain. The loss is the mean over all."""
+        if len(self.chains) == 1:
+            return output
+        return first_of_each(output, self.rows, len(self.chains))
 
     def add_auxiliary_loss(self, output: Any) -> Any:
         """Add the source's auxiliary loss to the loss of a training step."""
@@ -63,6 +109,8 @@ class WholeRows(InsertingPass):
         extra = self.source.auxiliary_loss(thoughts)
         if extra is None:
             return output
+        if self.share is not None:
+            extra = extra * self.share.to(extra)
         if isinstance(output, tuple):
             return (output[0] + extra.to(output[0]), *output[1:])
         output["loss"] = output["loss"] + extra.to(output["loss"])

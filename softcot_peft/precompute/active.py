@@ -22,4 +22,10 @@ def active(model: nn.Module) -> tuple[Host, ThoughtSource]:
             "`model` must have an active SoftCoT adapter, but its adapters are disabled. Leave `disable_adapter()` "
             "first."
         )
+    if source.learns_to_read and not source.config.inference_mode:
+        raise ValueError(
+            "`chain_init` must be 'fixed' for thoughts that are computed once, got trained embeddings: training "
+            "changes what they were computed with. Let the assistant read in each step, or load the trained adapter "
+            "for inference."
+        )
     return host, source

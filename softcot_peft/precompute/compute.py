@@ -58,7 +58,8 @@ class ComputeThoughts:
                 "out where prompts hold the run."
             )
         with torch.no_grad():
-            states = self._host.read(inputs["input_ids"], placement, self._source, afresh=True).cpu()
+            chains = self._source.select_chains(None)
+            states = self._host.read(inputs["input_ids"], placement, self._source, afresh=True, chains=chains).cpu()
         if states.dtype == torch.bfloat16:  # not supported by Arrow
             states = states.float()
         keys = prompt_keys(*prompts(inputs["input_ids"], placement), num)

@@ -16,11 +16,11 @@ from .facts import IGNORED
 from .placement import Placement, positions
 
 PER_TOKEN_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-OWN_NAMES = ("assistant_input_ids", "assistant_attention_mask")
+OWN_NAMES = ("assistant_input_ids", "assistant_attention_mask", "chains")
 
 
-def pop_own(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Pop the arguments for the assistant, which the base does not accept."""
+def pop_own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Pop the arguments for the thought source, which the base does not accept."""
     return {name: inputs.pop(name, None) for name in OWN_NAMES}
 
 
@@ -89,6 +89,18 @@ def insert_thoughts(
     if mask is not None:
         inputs["attention_mask"] = _placed_mask(mask, placement, seen + length)
     return requested
+
+
+def repeat_for_chains(inputs: dict[str, Any], rows: int, chains: int) -> None:
+    """Repeat each of the `rows` rows of all arguments for its chains, which are adjacent."""
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        axis = value.dim() - 2 if name == "position_ids" else 0  # may have leading axes, and one row for all
+        if value.shape[axis] == rows:
+            inputs[name] = value.repeat_interleave(chains, dim=axis)
+    if inputs.get("num_items_in_batch") is not None:  # the mean over chains, not their sum
+        inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * chains
 
 
 def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:

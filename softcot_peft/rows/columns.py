@@ -159,6 +159,20 @@ def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
     return _map_tensors(output, change)
 
 
+def first_of_each(output: _T, rows: int, repeats: int) -> _T:
+    """Keep the first of the `repeats` adjacent copies of each of `rows` rows in all tensors of an output."""
+    total = rows * repeats
+
+    def change(tensor: Tensor, name: str) -> Tensor:
+        if tensor.dim() == 4 and tensor.shape[1] == total != tensor.shape[0] and name.endswith("hidden_states"):
+            return tensor[:, ::repeats]  # several residual streams (S, B, L, H)
+        if tensor.dim() < 2 or tensor.shape[0] % total:
+            return tensor
+        return tensor.unflatten(0, (total, -1))[::repeats].flatten(0, 1)  # rows, or tokens of rows (router logits)
+
+    return _map_tensors(output, change)
+
+
 def restore_keys(output: _T, start: Tensor, num: int) -> _T:
     """Remove thought positions from the key columns of attentions in the output of a decoding step."""
 

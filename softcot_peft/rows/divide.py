@@ -49,6 +49,20 @@ class DividedRows:
         included = columns >= start - int(num > 0)
         return columns + num * included - self.cut[:, None], included
 
+    def repeated(self, times: int) -> DividedRows:
+        """Repeat each row of the response pass for its chains, which are adjacent."""
+        labels = self.labels.repeat_interleave(times, dim=0)
+        predicts, targets = predicted(labels)
+        return replace(
+            self,
+            response={name: value.repeat_interleave(times, dim=0) for name, value in self.response.items()},
+            labels=labels,
+            cut=self.cut.repeat_interleave(times),
+            placement=self.placement.expand(len(labels)),
+            predicts=predicts,
+            targets=targets,
+        )
+
     def align(self, values: Tensor, length: int) -> Tensor:
         """Align values of the response pass, `(B, W, ...)`, with the caller's columns, `(B, length, ...)`; else 0."""
         index, included = self.columns_of(length)

@@ -2,9 +2,10 @@
 
 from .assistant import AssistantSource
 from .base_model import BaseSource
+from .inputs import BaseLM, Prompts
 from .linear_maps import LinearProjection, MLPProjection, PerPositionProjection
 from .projections import register_projection
-from .source import BaseLM, Prompts, ThoughtSource, make_source, register_source
+from .source import ThoughtSource, make_source, register_source
 
 __all__ = [
     "AssistantSource",

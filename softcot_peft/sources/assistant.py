@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import SoftCoTConfig
 from ..config_checks import READ_AS_TEXT
+from .chains import chain_token_ids, contrastive_loss, trained_embeddings
 from .find_assistant import find_assistant
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, tensor_digest
 from .frozen_lm import FrozenLM
+from .inputs import BaseLM, Prompts
 from .match_scale import match_scale
-from .projections import make_projection, project
+from .projections import check_whole, make_projection, project
 from .prompt_reader import PromptReader
-from .source import BaseLM, Prompts, ThoughtSource, register_source
+from .source import ThoughtSource, register_source
 from .tokenizers import assistant_thought_token_id
 
 
@@ -45,6 +47,13 @@ class AssistantSource(ThoughtSource):
         self.assistant = assistant
         self.reader = self._make_reader(assistant)
         self.projection = make_projection(config, assistant.hidden_size, base.hidden_size)
+        self.num_chains = config.num_chains
+        self.chain_token_ids = chain_token_ids(config, assistant)
+        self.chains: nn.Embedding | None = None  # the trained embedding of each chain
+        if self.chain_token_ids is not None and config.chain_init != "fixed":
+            device = next(base.model.get_input_embeddings().parameters()).device
+            self.chains = trained_embeddings(config, assistant, self.chain_token_ids, device)
+            self.learns_to_read = True
         match_scale(self)
 
     @classmethod
@@ -77,12 +86,18 @@ class AssistantSource(ThoughtSource):
         return self.reader.shared_vocabulary
 
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
-        """Return the assistant's last hidden states at the thought positions, `(B, 1, N, H_assistant)`."""
+        """Return the assistant's last hidden states at the thought positions, `(B, C, N, H_assistant)`."""
         ids, mask = self.reader.read(prompts.input_ids, prompts.attention_mask, num_thoughts)
-        return self._run(ids, mask, num_thoughts, prompts.device)
+        return self._run(ids, mask, num_thoughts, prompts.device, prompts.chains)
 
     def read_own(
-        self, input_ids: Tensor, attention_mask: Tensor | None, num_thoughts: int, rows: int, device: torch.device
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        num_thoughts: int,
+        rows: int,
+        device: torch.device,
+        chains: tuple[int, ...] = (0,),
     ) -> Tensor:
         """Like `read`, for an assistant input `(B, P + N)` from the caller, which ends in N thought positions.
 
@@ -116,14 +131,32 @@ class AssistantSource(ThoughtSource):
                 f"{self.assistant.vocabulary - 1}, got {int(input_ids.min())} to {int(input_ids.max())}. Tokenize "
                 "with the assistant's tokenizer."
             )
-        return self._run(input_ids.masked_fill(unknown, 0), mask, num, device)  # padding may be any id
+        return self._run(input_ids.masked_fill(unknown, 0), mask, num, device, chains)  # padding may be any id
 
-    def _run(self, ids: Tensor, mask: Tensor, num_thoughts: int, device: torch.device) -> Tensor:
-        return self.assistant.hidden_states(ids, mask, num_thoughts, device, self)[:, None]
+    def _run(
+        self, ids: Tensor, mask: Tensor, num_thoughts: int, device: torch.device, chains: tuple[int, ...]
+    ) -> Tensor:
+        """Read each row once for each chain, with the chain's embedding at all thought positions."""
+        rows, vectors = len(ids), None
+        if self.chain_token_ids is not None:
+            ids, mask = (values.repeat_interleave(len(chains), dim=0) for values in (ids, mask))
+            if self.chains is None:
+                here = [self.chain_token_ids[chain] for chain in chains] * rows
+                ids[:, -num_thoughts:] = torch.tensor(here, device=ids.device)[:, None]
+            else:
+                check_whole(self.chains.weight, "The embeddings of the chains")
+                vectors = self.chains.weight[list(chains)].repeat(rows, 1)
+        states = self.assistant.hidden_states(ids, mask, num_thoughts, device, self, vectors)
+        return states.unflatten(0, (rows, len(chains)))
 
     def project(self, states: Tensor) -> Tensor:
         """Project `(B, K, N, H_assistant)` to `(B, K, N, H_base)`."""
         return project(self.projection, states)
+
+    def auxiliary_loss(self, thoughts: Tensor) -> Tensor | None:
+        """Return the contrastive term of SoftCoT++, which keeps the chains apart, if there are several."""
+        weight = self.config.contrastive_weight
+        return weight * contrastive_loss(thoughts) if weight and thoughts.shape[1] > 1 else None
 
     def check_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
         """Reject a linear projection that was trained for other hidden sizes."""
@@ -133,13 +166,19 @@ class AssistantSource(ThoughtSource):
             raise ValueError(_size_mismatch(found[1], found[0], wanted[1], wanted[0]))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the assistant, its commit or weights, dtype, template, tokenizers and thought token."""
-        return fingerprint(self.reader)
+        """Return the assistant, its commit or weights, dtype, template, tokenizers, thought token and chains."""
+        found = fingerprint(self.reader)
+        if self.chains is not None:
+            found["chains"] = tensor_digest(self.chains.weight)
+        elif self.chain_token_ids is not None:
+            found["chain_token_ids"] = self.chain_token_ids
+        return found
 
     def complete(self, config: SoftCoTConfig) -> None:
         """Write the hidden sizes and the assistant's resolved commit into the config."""
         super().complete(config)
         config.assistant_hidden_size = self.assistant.hidden_size
+        config.chain_token_ids = self.chain_token_ids
         config.assistant_revision = self.assistant.revision or config.assistant_revision
 
     def release(self) -> None:

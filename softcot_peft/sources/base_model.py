@@ -16,9 +16,10 @@ from ..config import SoftCoTConfig
 from ..rows.placement import positions
 from .backbone import Backbone
 from .fingerprint import model_fingerprint
+from .inputs import BaseLM, Prompts
 from .match_scale import match_scale
 from .projections import make_projection, project
-from .source import BaseLM, Prompts, ThoughtSource, register_source
+from .source import ThoughtSource, register_source
 
 
 @register_source("base")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
@@ -47,6 +48,11 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "assistant_weights": _digest(_sample_model(model)),
         "assistant_dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return a digest of all values of a tensor."""
+    return _digest([tensor.detach().float().cpu().contiguous().numpy().tobytes()])
 
 
 def _changes_since_0_1_0(reader: PromptReader) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from threading import RLock
 from typing import Any
@@ -21,8 +22,8 @@ from transformers import (
 
 from ..checkpoint.untrusted import check_shards, meta_model
 from ..compat.engines import loaded_whole
-from ..compat.eval_mode import evaluating
-from ..compat.models import backbone_of, head_width, num_embeddings, position_limit
+from ..compat.eval_mode import evaluating, frozen
+from ..compat.models import backbone_of, embedding_width, head_width, num_embeddings, position_limit
 from ..compat.releases import is_empty
 from .backbone import Backbone
 from .names import missing_folder
@@ -92,14 +93,23 @@ class FrozenLM:
     @cached_property
     def hidden_size(self) -> int:
         """Width of the last hidden states. Known before the weights are loaded."""
+        return head_width(self._structure())
+
+    @cached_property
+    def embedding_size(self) -> int:
+        """Width of the input embeddings. Known before the weights are loaded."""
+        return embedding_width(self._structure().get_input_embeddings())
+
+    def _structure(self) -> PreTrainedModel:
+        """Return the model, or one without weights."""
         if self.preloaded_model is not None:
-            return head_width(self.preloaded_model)
+            return self.preloaded_model
         try:
             with loaded_whole(), meta_model():
-                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # untrusted configs can fail anywhere
             raise ValueError(load_error_message(self.name, error)) from error
-        return head_width(model)
+        return model
 
     @property
     def vocabulary(self) -> int:
@@ -175,6 +185,13 @@ class FrozenLM:
         return backbone
 
     @torch.no_grad()
+    def embeddings(self, input_ids: Tensor, device: torch.device) -> Tensor:
+        """Return the input embeddings of ids `(T,)`, as the layers read them, `(T, H_embedding)`."""
+        backbone = self.backbone(device)
+        table = backbone.get_input_embeddings()
+        found: Tensor = table(input_ids[None].to(device if backbone.device.type == "meta" else backbone.device))
+        return found[0].to(device)
+
     def hidden_states(
         self,
         input_ids: Tensor,
@@ -182,6 +199,7 @@ class FrozenLM:
         num_thoughts: int,
         device: torch.device,
         user: object | None = None,
+        vectors: Tensor | None = None,
     ) -> Tensor:
         """Read prompts with thought positions: `t = Assistant([prompt; thought token x N]).hidden[-1]`.
 
@@ -191,9 +209,11 @@ class FrozenLM:
             num_thoughts: N.
             device: Device of the base's embeddings. The result is moved there.
             user: Object of the base. While it lives, the model on `device` stays in memory.
+            vectors: `(B, H_embedding)`: what stands at all thought positions of each row, in place of the ids there.
 
         Returns:
-            The last hidden states at the thought positions, `(B, N, H_assistant)`, in the assistant's dtype.
+            The last hidden states at the thought positions, `(B, N, H_assistant)`, in the assistant's dtype. They
+            have a gradient if `vectors` require one.
 
         Raises:
             ValueError: The input is longer than the assistant's number of positions.
@@ -209,6 +229,12 @@ class FrozenLM:
         where = backbone.model.device
         at = device if where.type == "meta" else where  # accelerate's hooks move the inputs of offloaded models
         # Training and inference compute the same thoughts.
-        with torch.autocast(at.type, enabled=False), evaluating(backbone.model):
-            hidden = backbone.last_states(input_ids.to(at), attention_mask.to(at), num_thoughts)
+        trains = vectors is not None and vectors.requires_grad and torch.is_grad_enabled()
+        with (
+            torch.set_grad_enabled(trains),
+            torch.autocast(at.type, enabled=False),
+            evaluating(backbone.model),
+            frozen(backbone.model) if trains else nullcontext(),
+        ):
+            hidden = backbone.last_states(input_ids.to(at), attention_mask.to(at), num_thoughts, vectors)
         return hidden.to(device)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..compat.engines import is_whole
 from ..config import SoftCoTConfig
-from .projections import register_projection
+from .projections import check_whole, register_projection
 
 
 class _LinearMap:
@@ -39,21 +38,6 @@ class _LinearMap:
         self.weight.mul_(factor)
         self.bias.mul_(factor)
 
-    def check_whole(self) -> None:
-        """Check that the weights are here: called in `forward`, after accelerate's hooks have loaded offloaded ones.
-
-        Raises:
-            RuntimeError: The weights are sharded or offloaded and not gathered, or were never loaded.
-        """
-        if not is_whole(self.weight):
-            raise RuntimeError(
-                "The projection's weights must be here when it runs, but they are sharded or offloaded, or were made "
-                "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
-                "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
-                "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
-                "call `load_adapter` or `set_peft_model_state_dict`."
-            )
-
 
 @register_projection("linear")
 class LinearProjection(_LinearMap, nn.Linear):  # type: ignore[misc]  # whose bias may be None
@@ -78,7 +62,7 @@ class LinearProjection(_LinearMap, nn.Linear):  # type: ignore[misc]  # whose bi
         Raises:
             RuntimeError: The weights are sharded or offloaded and not gathered, or were never loaded.
         """
-        self.check_whole()
+        check_whole(self.weight)
         return super().forward(states.to(self.weight))
 
 
@@ -144,7 +128,7 @@ class PerPositionProjection(_LinearMap, nn.Module):
             RuntimeError: As for [`LinearProjection`].
             ValueError: There are more thoughts than maps.
         """
-        self.check_whole()
+        check_whole(self.weight)
         num = states.shape[-2]
         if num > len(self.weight):
             raise ValueError(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..running import reading
-from .source import Prompts, ThoughtSource
+from .inputs import Prompts
+from .source import ThoughtSource
 
 _PROBE = "Tom has 12 apples and eats 7 of them. How many apples are left?"
 _COUNT = 32  # ids, if the source reads ids

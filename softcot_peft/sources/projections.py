@@ -67,6 +67,22 @@ def make_projection(config: SoftCoTConfig, source_size: int, base_size: int) -> 
     return projection
 
 
+def check_whole(weight: Tensor, what: str = "The projection's weights") -> None:
+    """Check that a weight is here when it is needed, after engines had the chance to bring it in.
+
+    Raises:
+        RuntimeError: The weight is sharded or offloaded and not gathered, or was never loaded.
+    """
+    if not is_whole(weight):
+        raise RuntimeError(
+            f"{what} must be here when they are needed, but they are sharded or offloaded, or were made "
+            "with `low_cpu_mem_usage=True` and never loaded. Engines bring sharded ones in while the input "
+            "embedding runs: pass `input_ids` instead of `inputs_embeds`. After `cpu_offload` or `disk_offload`, "
+            "load adapters with `PeftModel.from_pretrained` instead of `load_adapter`. To load them otherwise, "
+            "call `load_adapter` or `set_peft_model_state_dict`."
+        )
+
+
 def project(projection: nn.Module, states: Tensor) -> Tensor:
     """Project states `(B, K, N, H_source)` to `(B, K, N, H_base)`, in the projection's dtype, outside of autocast."""
     weight = next(projection.parameters(), None)

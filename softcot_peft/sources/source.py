@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..compat.engines import full_shape
 from ..config import SoftCoTConfig
+from .inputs import BaseLM, Precomputed, Prompts
 from .registry import Registry
 from .tokenizers import base_tokenizer, thought_token_id
-
-
-@dataclass(frozen=True)
-class BaseLM:
-    """The facts about the base LM that a source may use."""
-
-    name_or_path: str | None
-    hidden_size: int  # width of its input embeddings
-    vocab_size: int | None  # number of ids with an embedding; `None` if unknown
-    model: PreTrainedModel  # the base itself, which is frozen
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of a batch: only the attended tokens before the thoughts."""
-
-    input_ids: Tensor  # ids of the base, `(B, P)`; prompts end in the last column
-    attention_mask: Tensor  # `(B, P)`, 1 = part of the prompt
-    device: torch.device  # device of the base's input embeddings, and of the states to return
-
-
-class Precomputed(Protocol):
-    """Precomputed states; see [`use_thoughts`]."""
-
-    def find(self, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int) -> Tensor | None:
-        """Return the states of a batch's prompts, `(B, K * N * H_source)`, or `None` if any is missing."""
 
 
 class ThoughtSource(nn.Module, ABC):
@@ -85,7 +58,8 @@ class ThoughtSource(nn.Module, ABC):
 
     kind: ClassVar[str]  # its registered name
     shares_cache: ClassVar[bool] = False  # whether it reads with the base, and offers `read_after`
-    num_chains: int = 1  # K
+    num_chains: int = 1  # K: how many different runs of thoughts the source has for a prompt
+    learns_to_read: bool = False  # whether training changes the states that it reads
     id_limit: int | None = None  # number of the base's ids that the source can read; `None`: all
 
     def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
@@ -110,11 +84,18 @@ class ThoughtSource(nn.Module, ABC):
             num_thoughts: N.
 
         Returns:
-            States `(B, K, N, H_source)`, which may require grad. A row must not depend on other rows or on padding.
+            States `(B, C, N, H_source)` of the chains of `prompts`, which may require grad. A row must not depend on
+            other rows or on padding.
         """
 
     def read_own(
-        self, input_ids: Tensor, attention_mask: Tensor | None, num_thoughts: int, rows: int, device: torch.device
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        num_thoughts: int,
+        rows: int,
+        device: torch.device,
+        chains: tuple[int, ...] = (0,),
     ) -> Tensor:
         """Compute states from an input that the caller provides (`assistant_input_ids`).
 
@@ -124,6 +105,7 @@ class ThoughtSource(nn.Module, ABC):
             num_thoughts: N.
             rows: B.
             device: Device of the states to return.
+            chains: The chains to read.
 
         Returns:
             States, like `read`.
@@ -153,7 +135,27 @@ class ThoughtSource(nn.Module, ABC):
             known = self.precomputed.find(prompts.input_ids, prompts.attention_mask, num_thoughts)
         if known is None:
             return self.read(prompts, num_thoughts)
-        return known.view(len(known), self.num_chains, num_thoughts, -1).to(prompts.device)
+        states = known.view(len(known), self.num_chains, num_thoughts, -1)
+        return states[:, list(prompts.chains)].to(prompts.device)
+
+    def select_chains(self, chains: int | Sequence[int] | None) -> tuple[int, ...]:
+        """Return the chains that a caller asks for: one, some, or with `None` all.
+
+        Raises:
+            TypeError: `chains` is neither an integer nor a sequence of integers.
+            ValueError: There is no such chain, or one is named twice.
+        """
+        if chains is None:
+            return tuple(range(self.num_chains))
+        found = (chains,) if isinstance(chains, int) else tuple(chains) if isinstance(chains, Sequence) else (None,)
+        if not all(type(chain) is int for chain in found):
+            raise TypeError(f"`chains` must be an integer or a list of integers, got {chains!r}.")
+        if not found or len(set(found)) < len(found) or not all(0 <= chain < self.num_chains for chain in found):
+            raise ValueError(
+                f"`chains` must name some of the adapter's {self.num_chains} (`num_chains`), from 0 to "
+                f"{self.num_chains - 1}, each once, got {chains!r}."
+            )
+        return found
 
     @abstractmethod
     def project(self, states: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ NOT_DEFAULTS: dict[str, Any] = {
     "projection_init": "zero",
     "init_weights": True,  # as `projection_init` wants it
     "two_pass_training": False,
+    "num_chains": 3,
+    "chain_init": "fixed",
+    "chain_token_ids": [7, 5, 11],
+    "contrastive_weight": 0.5,
     "assistant_hidden_size": 24,
     "base_hidden_size": 32,
     "softcot_peft_version": "0.0.1",
