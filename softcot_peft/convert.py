@@ -4,8 +4,9 @@ r"""Converts published SoftCoT weights to adapters and back.
         --assistant Qwen/Qwen2.5-1.5B-Instruct --num-thought-tokens 32 --output my-adapter
     python -m softcot_peft.convert my-adapter --back --output projection.bin
 
-A published file is a pickled state dict: `weight` `(H_base, H_assistant)` and `bias` `(H_base,)`, mostly in bfloat16;
-or (Self-SoftCoT) `0.weight`, `0.bias` and so on, a map for each position. It has neither N nor names of models.
+A published file is a pickled state dict: `weight` `(H_base, H_assistant)` and `bias` `(H_base,)`, mostly in bfloat16,
+in SoftCoT++ also `embedding` `(K, H_embedding)`, what stands at the assistant's thought positions in each chain; or
+(Self-SoftCoT) `0.weight`, `0.bias` and so on, a map for each position. It has neither N nor names of models.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def convert(
         ```
     """
     tensors, maps = _read(path)
+    chains = tensors.pop("embedding", None)
     if maps and num_thought_tokens not in (None, maps):
         raise ValueError(
             f"`num_thought_tokens` must be the number of maps in {str(path)!r}, {maps}, got {num_thought_tokens}."
@@ -78,6 +80,8 @@ def convert(
             f"`num_thought_tokens` must be given: {str(path)!r} does not say how many thoughts it was trained with."
         )
     place, sizes = _inspect(base, assistant)
+    if chains is not None:
+        fields = _chain_fields(chains, assistant) | fields
     if tuple(tensors["weight"].shape[-2:]) != sizes:
         found = tuple(tensors["weight"].shape[-2:])
         raise ValueError(
@@ -98,24 +102,31 @@ def convert(
     )
     Path(output).mkdir(parents=True, exist_ok=True)
     weights = {f"base_model.model.{place}.softcot_projection.{name}": tensor for name, tensor in tensors.items()}
+    if chains is not None:
+        weights[f"base_model.model.{place}.softcot_chains.weight"] = chains
     save_file(weights, Path(output, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
     config.save_pretrained(str(output))
     return config
 
 
 def convert_back(adapter: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write an adapter's projection in the published form, in the dtype that is usual there.
+    """Write an adapter's projection, and its chains if it has any, in the published form.
 
     Args:
         adapter: Folder of the adapter, with a projection `"linear"` or `"per_position"`.
         path: The file to write.
-        dtype: Of the tensors written.
+        dtype: Of the tensors written; bfloat16 is usual there.
 
     Raises:
         ValueError: The adapter has another projection.
     """
     stored = load_file(Path(adapter, SAFETENSORS_WEIGHTS_NAME))
     tensors = {name.rpartition(".softcot_projection.")[2]: tensor.to(dtype) for name, tensor in stored.items()}
+    chains = [tensors.pop(name) for name in list(tensors) if name.endswith(".softcot_chains.weight")]
+    config: Any = SoftCoTConfig.from_pretrained(str(adapter))
+    if config.chain_init == "fixed" and config.chain_token_ids:  # not in the file: they are the assistant's
+        assistant = find_assistant(str(config.assistant_model_name_or_path), config.assistant_revision)
+        chains = [assistant.embeddings(torch.tensor(config.chain_token_ids), torch.device("cpu")).to(dtype)]
     if set(tensors) != {"weight", "bias"}:
         raise ValueError(
             f"`adapter` must have a linear projection, or one for each position, got the tensors {sorted(tensors)}. "
@@ -124,7 +135,25 @@ def convert_back(adapter: str | Path, path: str | Path, dtype: torch.dtype = tor
     if tensors["weight"].dim() == 3:
         pairs = enumerate(zip(tensors["weight"], tensors["bias"], strict=True))
         tensors = {f"{i}.{n}": t.clone() for i, pair in pairs for n, t in zip(("weight", "bias"), pair, strict=True)}
+    if chains:
+        tensors["embedding"] = chains[0]
     torch.save(tensors, path)
+
+
+def _chain_fields(chains: Tensor, assistant: str | None) -> dict[str, Any]:
+    """Return the fields of an adapter with the chains of a published file, `(K, H_embedding)`.
+
+    Raises:
+        ValueError: There is no assistant, or its embeddings have another width.
+    """
+    width = None if assistant is None else find_assistant(assistant).embedding_size
+    if chains.shape[1] != width:
+        raise ValueError(
+            f"`assistant` must be that of the file, whose `embedding` is {chains.shape[1]} wide, got "
+            + ("none" if width is None else f"one with embeddings of {width}")
+            + ". Name the assistant that the weights were trained with."
+        )
+    return {"num_chains": len(chains), "chain_init": "trained"}
 
 
 def _inspect(base: str, assistant: str | None) -> tuple[str, tuple[int, int]]:
@@ -141,17 +170,14 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], int]:
     """Return weight `(..., H_base, H_source)` and bias `(..., H_base)` in float32, and the number of maps; 0: one."""
     found: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     names = set(found) if isinstance(found, Mapping) else set()
-    if names == {"weight", "bias"}:
+    if names in ({"weight", "bias"}, {"weight", "bias", "embedding"}):
         tensors, maps = dict(found), 0
     else:
         maps = len(names) // 2
         if not maps or names != {f"{i}.{name}" for i in range(maps) for name in ("weight", "bias")}:
-            chains = (
-                " `embedding` is that of SoftCoT++, whose chains are not supported." if "embedding" in names else ""
-            )
             raise ValueError(
-                f"{str(path)!r} must hold `weight` and `bias`, or `0.weight`, `0.bias` and so on, got "
-                f"{sorted(names)[:6]}.{chains}"
+                f"{str(path)!r} must hold `weight` and `bias`, with `embedding` in SoftCoT++, or `0.weight`, `0.bias` "
+                f"and so on, got {sorted(names)[:6]}."
             )
         tensors = {name: torch.stack([found[f"{i}.{name}"] for i in range(maps)]) for name in ("weight", "bias")}
     weight, bias = tensors["weight"], tensors["bias"]
@@ -159,6 +185,12 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], int]:
         raise ValueError(
             f"{str(path)!r} must hold matrices with a bias for each row, got {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}, {weight.dtype}."
+        )
+    chains = tensors.get("embedding")
+    if chains is not None and (chains.dim() != 2 or not chains.is_floating_point()):
+        raise ValueError(
+            f"{str(path)!r} must hold `embedding` with a vector for each chain, got {tuple(chains.shape)}, "
+            f"{chains.dtype}."
         )
     return {name: tensor.float().contiguous() for name, tensor in tensors.items()}, maps
 

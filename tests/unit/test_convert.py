@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from batches import generated
+from batches import generated, up_to_eos
 from helpers import next_states, projection_of, soft_thoughts
 from oracle import Oracle
 from peft import PeftModel
 from tiny_pair import QUESTIONS, Pair
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from softcot_peft.convert import convert, convert_back, main
 
@@ -62,6 +63,34 @@ def test_maps_by_position_become_a_base_that_reads_for_itself(pair: Pair, tmp_pa
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
+def test_chains_are_kept(pair: Pair, tmp_path: Path) -> None:
+    tensors = published(tmp_path / "projection.bin")
+    tensors["embedding"] = torch.randn(3, 24).bfloat16()
+    torch.save(tensors, tmp_path / "projection.bin")
+    options = {"base": str(pair.base), "assistant": str(pair.assistant), "num_thought_tokens": N}
+    config = convert(tmp_path / "projection.bin", tmp_path / "adapter", **options)
+    assert config.num_chains == 3
+    model = PeftModel.from_pretrained(pair.load_base(), tmp_path / "adapter").eval()
+    answers = [model.generate(**pair.batch([text]), max_new_tokens=5, do_sample=False) for text in QUESTIONS]
+    for chain, vector in enumerate(tensors["embedding"].float()):
+        oracle = Oracle(
+            pair.base, pair.assistant, tensors["weight"].float(), tensors["bias"].float(), N, vector=vector
+        )
+        for row, found in zip(pair.rows(QUESTIONS), answers, strict=True):
+            assert up_to_eos([found[chain, len(row) :].tolist()]) == [oracle.generate(row, 5)]
+    convert_back(tmp_path / "adapter", tmp_path / "back.bin")
+    back = torch.load(tmp_path / "back.bin", weights_only=True)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_fixed_chains_are_written_as_the_assistants_embeddings(pair: Pair, tmp_path: Path) -> None:
+    pair.model(num_chains=2, chain_init="fixed", chain_token_ids=[9, 4]).save_pretrained(tmp_path / "adapter")
+    convert_back(tmp_path / "adapter", tmp_path / "back.bin", torch.float32)
+    table = AutoModelForCausalLM.from_pretrained(pair.assistant).get_input_embeddings().weight
+    assert torch.equal(torch.load(tmp_path / "back.bin", weights_only=True)["embedding"], table[[9, 4]])
+
+
 def test_a_thought_token_can_be_named(pair: Pair, tmp_path: Path) -> None:
     published(tmp_path / "projection.bin")
     options = {"base": str(pair.base), "assistant": str(pair.assistant), "num_thought_tokens": N}
@@ -89,9 +118,19 @@ def test_a_thought_token_can_be_named(pair: Pair, tmp_path: Path) -> None:
         ({"weight": torch.zeros(32, 20), "bias": torch.zeros(32)}, {}, "go from 20 to 32, got models with 24 and 32"),
         ({"weight": torch.zeros(32, 24), "bias": torch.zeros(32)}, {"num_thought_tokens": None}, "must be given"),
         (
-            {"weight": torch.zeros(32, 24), "bias": torch.zeros(32), "embedding": torch.zeros(2, 24)},
+            {"weight": torch.zeros(32, 24), "bias": torch.zeros(32), "embedding": torch.zeros(2, 20)},
             {},
-            r"SoftCoT\+\+",
+            "whose `embedding` is 20 wide, got one with embeddings of 24",
+        ),
+        (
+            {"weight": torch.zeros(32, 24), "bias": torch.zeros(32), "embedding": torch.zeros(24)},
+            {},
+            "a vector for each chain",
+        ),
+        (
+            {"weight": torch.zeros(32, 24), "bias": torch.zeros(32), "other": torch.zeros(24)},
+            {},
+            r"in SoftCoT\+\+, or .*'other'",
         ),
         (
             {"0.weight": torch.zeros(32, 24), "0.bias": torch.zeros(32)},
