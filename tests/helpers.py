@@ -129,10 +129,10 @@ def head_is_last(model: nn.Module) -> bool | None:
 
 
 @torch.no_grad()
-def soft_thoughts(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The soft thoughts of a batch, `(B, N, H_base)`, by the active adapter."""
+def soft_thoughts(model: nn.Module, batch: dict[str, Tensor], chains: tuple[int, ...] = (0,)) -> Tensor:
+    """The soft thoughts of a batch, `(B * C, N, H_base)`, by the active adapter."""
     host, source = hooks_of(model).host, source_of(model, None)
-    states = host.read(batch["input_ids"], host.locate(batch, source), source)
+    states = host.read(batch["input_ids"], host.locate(batch, source), source, chains=chains)
     return softcot_layer(model).soft_thoughts(states).flatten(0, 1)
 
 

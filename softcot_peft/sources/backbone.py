@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,10 +16,16 @@ from ..rows.placement import positions
 
 
 class Backbone:
-    """A causal LM without its head, and how it handles padding."""
+    """A causal LM without its head, and how it handles padding.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: The model without its head.
+        table: Returns its input embedding, which models without their head may not know.
+    """
+
+    def __init__(self, model: PreTrainedModel, table: Callable[[], nn.Module]) -> None:
         self.model = model
+        self.table = table
         self._takes_positions = takes_positions(model)
         self._ignores_padding: bool | None = None  # `None` until the first padded batch
 
@@ -46,7 +52,7 @@ class Backbone:
         return self._run(input_ids, attention_mask, num, vectors)
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, num: int, vectors: Tensor | None) -> Tensor:
-        with _reading(self.model, num, vectors):
+        with _reading(self.table, num, vectors):
             states: Tensor = self.model(**self._arguments(input_ids, attention_mask)).last_hidden_state
         return states[:, -num:].clone()  # a view would keep the states of whole prompts in memory
 
@@ -90,24 +96,25 @@ _READING: ContextVar[object] = ContextVar("softcot_reading_vectors", default=Non
 
 
 @contextmanager
-def _reading(model: PreTrainedModel, num: int, vectors: Tensor | None) -> Iterator[None]:
-    """Put vectors `(B, H_embedding)` at the last `num` positions of the rows that a model embeds.
+def _reading(find_table: Callable[[], nn.Module], num: int, vectors: Tensor | None) -> Iterator[None]:
+    """Put vectors `(B, H_embedding)` at the last `num` positions of the rows that a table embeds.
 
     A hook on the embedding, not `inputs_embeds`: models scale embeddings in different places, and some read ids, too.
     """
     if vectors is None:
         yield
         return
-    mine, written = object(), []
+    mine, table = object(), find_table()
+    written: list[bool] = []
 
-    def write(table: nn.Module, args: Any, embeddings: Tensor) -> Tensor | None:
+    def write(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor | None:
         if _READING.get() is not mine or embeddings.dim() != 3 or len(embeddings) != len(vectors):
             return None  # another thread's pass, or another use of the table
         written.append(True)
         new = vectors.to(embeddings)[:, None].expand(-1, num, -1)
         return torch.cat([embeddings[:, :-num], new], 1)
 
-    handle, token = model.get_input_embeddings().register_forward_hook(write), _READING.set(mine)
+    handle, token = table.register_forward_hook(write), _READING.set(mine)
     try:
         yield
     finally:
@@ -115,6 +122,6 @@ def _reading(model: PreTrainedModel, num: int, vectors: Tensor | None) -> Iterat
         handle.remove()
     if not written:
         raise RuntimeError(
-            f"The assistant's input embedding must run on the ids of its prompts for chains with trained embeddings, "
-            f"but {type(model).__name__} embeds them in another way. Use `chain_init='fixed'`, or another assistant."
+            "The assistant's input embedding must run on the ids of its prompts to train chains, but "
+            f"{type(table).__name__} was not run on them. Use `chain_init='fixed'`, or another assistant."
         )

@@ -52,7 +52,9 @@ class BaseSource(ThoughtSource):
 
     def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
         super().__init__(config, base)
-        self.backbone = Backbone(backbone_of(base.model))  # no module: the base is frozen, and not the source's
+        self.backbone = Backbone(
+            backbone_of(base.model), base.model.get_input_embeddings
+        )  # no module: the base is frozen, and not the source's
         self._takes_positions = takes_positions(self.backbone.model)
         width = states_width(base.model)
         self.projection = make_projection(config, width, base.hidden_size)

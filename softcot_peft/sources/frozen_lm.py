@@ -75,7 +75,7 @@ class FrozenLM:
         self.revision = revision
         self.dtype = dtype
         self.preloaded_model = model
-        self._preloaded_backbone = None if model is None else Backbone(backbone_of(model))
+        self._preloaded_backbone = None if model is None else Backbone(backbone_of(model), model.get_input_embeddings)
         self._tokenizer = tokenizer
         # Threads load the model only once and take turns with the tokenizer, which keeps call options as state.
         self.lock = RLock()
@@ -158,7 +158,7 @@ class FrozenLM:
             needed = {device, *self._users.values()}
             self._loaded = {where: backbone for where, backbone in self._loaded.items() if where in needed}
             if device not in self._loaded:
-                self._loaded[device] = Backbone(self._load(device))
+                self._loaded[device] = self._load(device)
             return self._loaded[device]
 
     def release(self) -> None:
@@ -166,7 +166,7 @@ class FrozenLM:
         with self.lock:
             self._loaded = {}
 
-    def _load(self, device: torch.device) -> PreTrainedModel:
+    def _load(self, device: torch.device) -> Backbone:
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
             check_shards(self.name, self.revision)
@@ -179,17 +179,17 @@ class FrozenLM:
                 f"`assistant_model_name_or_path`: the weights of {self.name!r} cannot be loaded: {error} They "
                 "must be safetensors; pass a model loaded otherwise with `use_assistant`."
             ) from error
-        backbone = backbone_of(model)
+        backbone, table = backbone_of(model), model.get_input_embeddings()
         backbone.requires_grad_(False)
         nn.Module.to(backbone, device)
-        return backbone
+        return Backbone(backbone, lambda: table)  # keeps no head
 
     @torch.no_grad()
     def embeddings(self, input_ids: Tensor, device: torch.device) -> Tensor:
         """Return the input embeddings of ids `(T,)`, as the layers read them, `(T, H_embedding)`."""
-        backbone = self.backbone(device)
-        table = backbone.get_input_embeddings()
-        found: Tensor = table(input_ids[None].to(device if backbone.device.type == "meta" else backbone.device))
+        backbone = self._backbone(device)
+        where = backbone.model.device
+        found: Tensor = backbone.table()(input_ids[None].to(device if where.type == "meta" else where))
         return found[0].to(device)
 
     def hidden_states(

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from assistant_families import FAMILIES, make_family
-from helpers import Assistant, assistant_passes, find_assistant, reader_of, soft_thoughts
+from batches import collate, gradients, labelled, responses_of
+from helpers import Assistant, assistant_passes, find_assistant, reader_of, soft_thoughts, source_of
 from oracle import Oracle
 from peft import PeftModel
 from project_files import rewrite
-from tiny_pair import ASSISTANT_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
+from tiny_pair import ANSWERS, ASSISTANT_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -118,6 +119,54 @@ def test_a_given_a_loaded_and_a_reloaded_assistant_write_the_same(
     expected = [oracle.generate(row, 4) for row in pair.rows(QUESTIONS)]
     found = tokens[:, batch["input_ids"].shape[1] :].tolist()
     assert [row[: len(written)] for row, written in zip(found, expected, strict=True)] == expected
+
+
+EOS, TOKEN = 3, {"assistant_thought_token": "[EOS]"}  # no padding, whose row has no gradient
+
+
+class ChainOracle(TextOracle):
+    """The oracle of one chain: its vector is what the assistant's table holds for EOS, which is at its positions."""
+
+    def of_vector(self, vector: Tensor) -> ChainOracle:
+        table = self.assistant.get_input_embeddings()
+        with torch.no_grad():
+            self.scale = (table(torch.tensor([[EOS]]))[0, 0] / table.weight[EOS]).median()
+            table.weight[EOS] = vector / self.scale
+        return self
+
+    def thoughts(self, prompt: list[int]) -> Tensor:
+        ids = torch.tensor([self.assistant_ids(prompt) + [EOS] * self.num])
+        read: list[Tensor] = []
+        handle = self.assistant.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        self.assistant(ids, use_cache=False)
+        handle.remove()
+        return read[0][0, -self.num :] @ self.weight.T + self.bias
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.assistant.get_input_embeddings().weight.grad[EOS] / self.scale
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_chains_are_trained_through_any_assistant(pair: Pair, folders: Callable[[str], Path], name: str) -> None:
+    """Thoughts, loss and the gradient of each chain's embedding are the oracle's; the assistant has none."""
+    chains = 2
+    model = attach(pair, str(folders(name)), num_chains=chains, contrastive_weight=0.0, **TOKEN)
+    source = source_of(model)
+    vectors = source.chains.weight.detach()
+    oracles = [ChainOracle.of(model, pair.base, folders(name), NUM).of_vector(vector) for vector in vectors]
+    prompts, responses = pair.rows(QUESTIONS), responses_of(pair, ANSWERS)
+    for chain, oracle in enumerate(oracles):
+        expected = torch.stack([oracle.thoughts(row) for row in prompts]).detach()
+        for side in ("left", "right"):
+            close(soft_thoughts(model, pair.batch(QUESTIONS, side), chains=(chain,)), expected)
+        (oracle.mean_loss(zip(prompts, responses, strict=True)) / chains).backward()
+    loss = sum(oracle.mean_loss(zip(prompts, responses, strict=True)) for oracle in oracles) / chains
+    output, _ = gradients(model.train(), collate(labelled(prompts, responses)))
+    torch.testing.assert_close(output.loss, loss, atol=2e-5, rtol=2e-5)
+    wanted = torch.stack([oracle.gradient for oracle in oracles])
+    torch.testing.assert_close(source.chains.weight.grad, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=1e-2)
+    assert all(weight.grad is None for weight in source.assistant.backbone(torch.device("cpu")).parameters())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
