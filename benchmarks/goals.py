@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from . import beyond
 from .rivals import BASE, CACHED, FLOOR, NO_ASSISTANT, PLAIN, SOFTCOT
 from .sections import BARE, BASE_AGAIN, BATCHED, DISABLED, EQUAL, SINGLE, UNEQUAL, WAITING
 from .timing import Spread, ratio
@@ -159,6 +160,24 @@ def _added(times: Mapping[str, list[float]], name: str, to: str) -> str:
     return f"{1e6 * added:+.0f} µs relative to {1e3 * median(times[to]):.2f} ms"
 
 
+def _extensions(found: dict[str, Any]) -> Iterator[Goal]:
+    times, memory = found["seconds"], found["peak_bytes"]
+    noise = ratio(times["prefill"], beyond.LONGER_AGAIN, beyond.LONGER)
+    yield Goal(
+        "prefill, base as source / base on prompt + N",
+        1.10,
+        ratio(times["prefill"], beyond.OWN, beyond.LONGER),
+        f"the prompt runs once, N positions run twice; noise, the base against itself: {noise}",
+    )
+    used = memory["training"][beyond.OWN] / memory["training"][beyond.OWN_CACHED]
+    yield Goal(
+        "training step, base as source / its cached thoughts",
+        1.05,
+        ratio(times["training"], beyond.OWN, beyond.OWN_CACHED),
+        f"N positions run without gradient after the prompt's cache; {used:.2f} of its memory",
+    )
+
+
 def _start(found: dict[str, Any]) -> Iterator[Goal]:
     slowest = ", ".join(f"`{name}` {1e3 * seconds:.0f}" for name, seconds in found["slowest"].items())
     yield Goal(
@@ -170,4 +189,10 @@ def _start(found: dict[str, Any]) -> Iterator[Goal]:
     )
 
 
-FINDERS = {"training": _training, "evaluation": _evaluation, "generation": _generation, "start": _start}
+FINDERS = {
+    "training": _training,
+    "evaluation": _evaluation,
+    "generation": _generation,
+    "start": _start,
+    "extensions": _extensions,
+}

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from results.figures import Draw, looks, save
 
-from . import arithmetic
+from . import arithmetic, beyond
 from .goals import compared, goals, shares
 from .rivals import AGAIN, FLOOR, PLAIN, WHAT
 from .sections import FORMAT
 from .sizes import SIZES
-from .timing import Spread
+from .timing import Spread, ratio
 
 HEAD = """# Performance
 
@@ -149,6 +149,23 @@ def _times(times: Mapping[str, list[float]], what: str, scale: float) -> Iterato
         yield f"| {name} | {values} |"
 
 
+def _extensions(found: dict[str, Any], path: Path) -> Iterator[str]:
+    yield (
+        f'A base that reads for itself (`thought_source="base"`), and {beyond.CHAINS} chains, in one process with '
+        f"plain SoftCoT. {found['text']}; prefill generates one token, `generate` {found['tokens']}. Chains answer "
+        "each prompt once for each chain.\n"
+    )
+    for what, times in found["seconds"].items():
+        memory = found["peak_bytes"][what]
+        yield f"| {what} | ms | / SoftCoT | peak MB | / SoftCoT |\n| --- | --- | --- | --- | --- |"
+        for name, seconds in times.items():
+            yield (
+                f"| {name} | {1e3 * median(seconds):,.1f} | {ratio(times, name, beyond.SOFTCOT)} "
+                f"| {memory[name] / 1e6:,.1f} | {memory[name] / memory[beyond.SOFTCOT]:.2f} |"
+            )
+        yield ""
+
+
 def _start(found: dict[str, Any], path: Path) -> Iterator[str]:
     yield from _times(found["seconds"], "in a fresh process", 1e3)
     if found["files"] is None:
@@ -205,4 +222,5 @@ WRITERS = {
     "evaluation": _evaluation,
     "generation": _generation,
     "start": _start,
+    "extensions": _extensions,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import answering, rivals, starting
+from . import answering, beyond, rivals, starting
 from .memory import peak
 from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, twin
 from .sizes import Case, Size
@@ -182,6 +182,27 @@ def generation(bench: Bench) -> dict[str, Any]:
     }
 
 
+def extensions(bench: Bench) -> dict[str, Any]:
+    """Measure time and memory of a base as its own source and of several chains, in training and generation."""
+    batch, device = bench.batch(bench.size.case), bench.pair.device
+    tried = {
+        "training": beyond.steps(bench.pair, batch),
+        "prefill": beyond.answers(bench.pair, batch, 1),
+        "generate": beyond.answers(bench.pair, batch, bench.size.longest_answer),
+    }
+    repeats = {"training": 2, "prefill": 3, "generate": 1}  # short ones run in more rounds
+    return {
+        "text": str(bench.size.case),
+        "tokens": bench.size.longest_answer,
+        "seconds": {
+            what: bench.time(actions, what, repeats=repeats[what] * bench.repeats) for what, actions in tried.items()
+        },
+        "peak_bytes": {
+            what: {name: peak(action, device) for name, action in actions.items()} for what, actions in tried.items()
+        },
+    }
+
+
 def start(bench: Bench) -> dict[str, Any]:
     """Measure the import, find its slowest modules, and record the files read while loading."""
     return {
@@ -197,4 +218,5 @@ SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "training": training,
     "evaluation": evaluation,
     "growth": growth,
+    "extensions": extensions,
 }

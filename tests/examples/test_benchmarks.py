@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 from benchmarks import __main__ as command
-from benchmarks import answering, arithmetic, rivals, starting
+from benchmarks import answering, arithmetic, beyond, rivals, starting
 from benchmarks.goals import Goal, compared, goals
 from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
 from benchmarks.sizes import SIZES, Case
@@ -131,6 +131,18 @@ def test_generation_is_that_of_the_bare_operations_and_disabled_that_of_the_base
     assert torch.equal(with_thoughts, bare)
     assert torch.equal(off, base)
     assert not torch.equal(with_thoughts, base)
+
+
+def test_extensions_do_what_they_are_measured_for(pair: Pair) -> None:
+    batch = make_batch(SMOKE.case, SMOKE.vocabulary, pair.device)
+    losses = {name: step() for name, step in beyond.steps(pair, batch).items()}
+    torch.testing.assert_close(losses[beyond.OWN], losses[beyond.OWN_CACHED], atol=1e-5, rtol=1e-5)
+    assert len({round(float(loss), 4) for loss in losses.values()}) == len(losses) - 1
+    rows, width = batch.prompt.shape
+    for name, ask in beyond.answers(pair, batch, 3).items():
+        several = name in (beyond.TRAINED, beyond.FIXED, beyond.SAMPLES)
+        longer = batch.num_thoughts * (name in (beyond.LONGER, beyond.LONGER_AGAIN))
+        assert ask().shape == (rows * (beyond.CHAINS if several else 1), width + longer + 3)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
