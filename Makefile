@@ -50,7 +50,7 @@ conformance: .venv/engines  ## test all causal-LM types as bases, sharding engin
 	$(BIN)/python -m pytest tests/conformance tests/integrations/test_dtypes.py
 
 fuzz: .venv/dev  ## compare more than 20,000 random cases, half of them in bfloat16, with the equations; less than 20 minutes on 2 cores
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/unit/test_columns_and_placement.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/contract/test_extension_properties.py tests/unit/test_columns_and_placement.py
 
 check: .venv/dev  ## check format, lint and types, as the pre-commit hooks do
 	$(BIN)/ruff format --check .

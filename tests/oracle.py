@@ -9,7 +9,7 @@ It uses models loaded anew from their folders and shares no code with the packag
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Oracle:
         same_ids: Whether the assistant reads the base's ids.
         filler: What stands at the assistant's thought positions; `None`: its unk token, else its eos token.
         vector: The embedding that stands there instead, `(H_embedding,)`.
+        project: Another projection, `(N, H_assistant)` to `(N, H_base)`.
     """
 
     base_folder: Path
@@ -43,6 +44,7 @@ class Oracle:
     same_ids: bool = False
     filler: int | None = None
     vector: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.base = AutoModelForCausalLM.from_pretrained(self.base_folder).eval()
@@ -78,7 +80,7 @@ class Oracle:
             before = embeddings[:, : -self.num]
             embeddings = torch.cat([before, self.vector.expand(1, self.num, -1)], 1)
         hidden = self.assistant(inputs_embeds=embeddings, output_hidden_states=True).hidden_states[-1][0, -self.num :]
-        return hidden @ self.weight.T + self.bias
+        return hidden @ self.weight.T + self.bias if self.project is None else self.project(hidden)
 
     def logits(self, before: list[int], after: list[int], prompt: list[int] | None = None) -> Tensor:
         """Logits of every placed position `(before + N + after, V)`; `prompt` is what the assistant reads."""
