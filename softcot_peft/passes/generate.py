@@ -94,7 +94,7 @@ def _start(
         each = torch.arange(len(chains), device=first.device)
         first, prompt = ((rows[:, None] * len(chains) + each).flatten() for rows in (first, prompt))
     generation = Generation(model, placement, read, mask.shape[1], first, prompt)
-    if not shares_prompts(host, source, placement, own):
+    if inputs.get("position_ids") is not None or not shares_prompts(host, source, placement, own):
         _ = generation.states  # before anything of the base runs
     return generation
 

@@ -118,11 +118,13 @@ class Host:
             batch = Prompts(*prompts(input_ids, placement), device, chains)
             return source.read(batch, num) if afresh else source.states(batch, num)
 
-    def read_after(self, source: ThoughtSource, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
-        """As `read`, after the base's cache of the prompts, `(B, P)`, for sources that share it."""
+    def read_into(
+        self, source: ThoughtSource, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int, cache: Any = None
+    ) -> tuple[Tensor, Any]:
+        """As `read`, for sources that share the base's cache of the prompts, `(B, P)`; returns it, too."""
         self.check_ready()
         with reading():
-            return source.read_after(cache, prompt_mask, num_thoughts)
+            return source.read_into(Prompts(prompt_ids, prompt_mask, prompt_ids.device), num_thoughts, cache)
 
     def check_ready(self) -> None:
         """Reject adapters of other methods in the way, and training what is offloaded."""

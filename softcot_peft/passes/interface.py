@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat.caches import CACHE_NAME, find_cache
+from ..compat.caches import find_cache
 from ..embedding import Writing
 from ..rows.arguments import insert_thoughts, tokens
 from ..rows.columns import restore
@@ -68,21 +68,15 @@ class Pass:
 
 
 @torch.no_grad()
-def run_prompts(host: Host, source: ThoughtSource, prompt: dict[str, Any], cache: Any = None) -> Any:
-    """Run prompts without thoughts, gradient and, if possible, logits.
+def run_prompts(host: Host, source: ThoughtSource, prompt: dict[str, Any]) -> Any:
+    """Run prompts without thoughts, gradient and, if possible, logits; returns their cache.
 
     Args:
         host: The host of the base.
         source: The active adapter's thought source.
         prompt: The per-token arguments, over `(B, P)` tokens.
-        cache: The cache to fill; `None`: the base makes one.
-
-    Returns:
-        The filled cache.
     """
     inputs = {**prompt, "use_cache": True, "return_dict": True}
-    if cache is not None:
-        inputs[CACHE_NAME] = cache
     if "logits_to_keep" in host.names:
         inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=prompt["input_ids"].device)
     return find_cache(Pass(host, source).run(inputs))

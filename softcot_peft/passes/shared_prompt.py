@@ -17,10 +17,10 @@ from ..compat.in_float32 import in_float32
 from ..compat.models import rotary_switch
 from ..embedding import Writing
 from ..rows.arguments import PER_TOKEN_OUTPUTS, tokens
-from ..rows.placement import Placement, positions
+from ..rows.placement import Placement
 from ..sources import ThoughtSource
 from .host import Host
-from .interface import ROUNDING, InsertingPass, run_prompts
+from .interface import ROUNDING, InsertingPass
 
 _LOGGER = logging.getLogger(__name__)
 _PER_TOKEN = ("input_ids", "position_ids", "token_type_ids")  # besides the mask, which covers the cache, too
@@ -57,21 +57,21 @@ class ContinuedPass(InsertingPass):
     states: Tensor  # the source's, `(B, K, N, H_source)`
 
     def begin_after(self, inputs: dict[str, Any], placement: Placement, cache: Any) -> None:
-        """Run the prompts into a cache, have the source read with it, and keep the arguments behind the prompts.
+        """Have the source read the prompts into a cache, and keep the arguments behind the prompts.
 
         Args:
             inputs: The arguments of a pass over whole rows.
             placement: The thought positions, in the same column of every row.
             cache: Empty; it can be cropped.
         """
-        host, mask = self.host, _prompt_mask(inputs, placement)
-        run_prompts(host, self.source, _prompt_arguments(host, inputs, placement), cache)
-        self.states = states = host.read_after(self.source, cache, mask, placement.num_thoughts)
-        self.insert(inputs, placement, states)
+        host, mask, num = self.host, _prompt_mask(inputs, placement), placement.num_thoughts
+        prompt = inputs["input_ids"][:, : placement.latest]
+        self.states, _ = host.read_into(self.source, prompt, mask, num, cache)
+        self.insert(inputs, placement, self.states)
         for name in _PER_TOKEN:
             if inputs.get(name) is not None:
                 inputs[name] = inputs[name][..., placement.latest :]
-        self.writing = Writing(host.layer, states, placement.start - placement.latest, tokens(inputs).shape)
+        self.writing = Writing(host.layer, self.states, placement.start - placement.latest, tokens(inputs).shape)
 
     def finish(self, output: Any) -> Any:
         """Return the output of the last columns as it is, which is all that `generate` looks at."""
@@ -141,12 +141,3 @@ def _prompt_mask(inputs: dict[str, Any], placement: Placement) -> Tensor:
     if mask is None:
         mask = torch.ones_like(tokens(inputs))
     return mask[:, : placement.latest]
-
-
-def _prompt_arguments(host: Host, inputs: dict[str, Any], placement: Placement) -> dict[str, Any]:
-    """Return the per-token arguments of a pass over the prompts of a prefill alone."""
-    mask = _prompt_mask(inputs, placement)
-    prompt = {name: inputs[name][..., : placement.latest] for name in _PER_TOKEN if inputs.get(name) is not None}
-    if host.takes_positions and placement.padded and "position_ids" not in prompt:
-        prompt["position_ids"] = positions(mask)
-    return {**prompt, "attention_mask": mask}

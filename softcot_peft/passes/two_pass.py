@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..compat.caches import can_crop
 from ..rows.arguments import repeat_for_chains
 from ..rows.divide import divide
 from ..sources import ThoughtSource
@@ -45,18 +44,18 @@ class TwoPassTraining(WholeRows):
         """Run the first pass, and replace the arguments with those of the second pass."""
         (placement, own), host, source = self.locate(inputs), self.host, self.source
         states = None
-        if not (shares_prompts(host, source, placement, own) and self.trial.is_proven(inputs, placement, source)):
+        if not (shares_prompts(host, source, placement, own) and self.trial.lets_share(inputs, placement, source)):
             states = host.read(inputs.get("input_ids"), placement, source, own, chains=self.chains)
             if not self.trial.allows(inputs, placement, states[:, :1], source):
                 self.insert_chains(inputs, placement, states)
                 return
         rows = divide(inputs, placement, host.filler(source), host.takes_positions, source.shares_cache)
-        cache = run_prompts(host, source, rows.prompt)
-        if states is None and can_crop(cache):
-            mask = rows.prompt.get("attention_mask", torch.ones_like(rows.prompt["input_ids"]))
-            states = host.read_after(source, cache, mask, placement.num_thoughts)
-        elif states is None:
-            states = host.read(inputs.get("input_ids"), placement, source, own)
+        if states is None:
+            ids = rows.prompt["input_ids"]
+            mask = rows.prompt.get("attention_mask", torch.ones_like(ids))
+            states, cache = host.read_into(source, ids, mask, placement.num_thoughts)
+        else:
+            cache = run_prompts(host, source, rows.prompt)
         if (chains := states.shape[1]) > 1:  # the prompts run once for all chains
             cache.batch_repeat_interleave(chains)
             rows = rows.repeated(chains)

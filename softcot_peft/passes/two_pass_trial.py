@@ -11,7 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[imp
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..compat.caches import cache_length, holds_attention_alone
+from ..compat.caches import cache_length, can_crop, holds_attention_alone
 from ..compat.engines import uncompiled
 from ..compat.eval_mode import evaluating
 from ..compat.in_float32 import in_float32
@@ -45,6 +45,7 @@ class TwoPassTrial:
         # Why two passes differ from one, or `None` if they agree; by whether rows are split at their own thoughts. The
         # key `None` stands for prompts of equal length.
         self._results: dict[bool | None, str | None] = {}
+        self._can_crop = False
         self._logged: set[str] = set()
         self._hooked = False
 
@@ -59,10 +60,13 @@ class TwoPassTrial:
                 _LOGGER.info("Training steps of %s run in one pass: %s.", type(self.host.model).__name__, reason)
         return reason is None
 
-    def is_proven(self, inputs: dict[str, Any], placement: Placement, source: ThoughtSource) -> bool:
-        """Return whether a batch like this one has run in two passes before, and nothing is in the way of this one."""
+    def lets_share(self, inputs: dict[str, Any], placement: Placement, source: ThoughtSource) -> bool:
+        """Return whether a source may read prompts into the cache of two passes.
+
+        A batch like this one must have run in two passes before, with a cache that can be cropped.
+        """
         known = self._results.get(self._own_splits(inputs, placement, source), "not tried yet") is None
-        return known and obstacle(self.host, inputs, placement) is None
+        return known and self._can_crop and obstacle(self.host, inputs, placement) is None
 
     def _own_splits(self, inputs: dict[str, Any], placement: Placement, source: ThoughtSource) -> bool | None:
         if not placement.padded and placement.column is not None:
@@ -160,6 +164,7 @@ class TwoPassTrial:
         cache = run_prompts(host, source, rows.prompt)
         if not holds_attention_alone(cache) or cache_length(cache) != rows.prompt["input_ids"].shape[1]:
             return False
+        self._can_crop = can_crop(cache)
         response = ResponsePass(host, source, rows, states)
         response.begin_after(rest, cache, replaces_head=False)
         output = response.run(rest)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat.caches import CACHE_NAME
+from ..compat.caches import CACHE_NAME, find_cache
 from ..compat.eval_mode import evaluating
 from ..compat.models import backbone_of, ordinary_token, states_width, takes_positions
 from ..config import SoftCoTConfig
@@ -26,8 +26,8 @@ from .source import ThoughtSource, register_source
 class BaseSource(ThoughtSource):
     """Reads prompts with the base, its adapter inactive: `t = Base([prompt; thought token x N])`, `s = W t + b`.
 
-    Nothing more is downloaded or held. If the base's cache can be shared, the prompt runs once: `read_after` reads the
-    N thought positions after the cache of the prompt, which then serves the real pass.
+    Nothing more is downloaded or held. If the base's cache can be shared, the prompt runs once: `read_into` fills a
+    cache with it, which then serves the real pass.
 
     Example:
         ```python
@@ -64,40 +64,27 @@ class BaseSource(ThoughtSource):
 
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """The base's last hidden states at the thought positions, `(B, 1, N, H_base)`, in its dtype."""
-        size = (len(prompts.input_ids), num_thoughts)
-        ids = torch.cat([prompts.input_ids, prompts.input_ids.new_full(size, self.position_token_id)], 1)
-        mask = torch.cat([prompts.attention_mask, prompts.attention_mask.new_ones(size)], 1)
         with self._reading(prompts.device):
-            states = self.backbone.last_states(ids, mask, num_thoughts)
+            states = self.backbone.last_states(*self._with_positions(prompts, num_thoughts), num_thoughts)
         return states.to(prompts.device)[:, None]
 
-    @torch.no_grad()
-    def read_after(self, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
-        """Read the thought positions after a cache of the prompts, which holds the prompts alone again afterwards.
-
-        Args:
-            cache: Of the prompts, `(B, P)`; it can be cropped.
-            prompt_mask: `(B, P)`, 1 = part of the prompt.
-            num_thoughts: N.
-
-        Returns:
-            As `read`.
-        """
-        size = (len(prompt_mask), num_thoughts)
-        mask = torch.cat([prompt_mask, prompt_mask.new_ones(size)], 1)
-        inputs: dict[str, Any] = {
-            "input_ids": mask.new_full(size, self.position_token_id, dtype=torch.long),
-            "attention_mask": mask,
-            "use_cache": True,
-            "return_dict": True,
-            CACHE_NAME: cache,
-        }
+    def read_into(self, prompts: Prompts, num_thoughts: int, cache: Any = None) -> tuple[Tensor, Any]:
+        """As `read`; also returns the base's cache of the prompts, which the same pass has filled."""
+        ids, mask = self._with_positions(prompts, num_thoughts)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True, "return_dict": True}
         if self._takes_positions:
-            inputs["position_ids"] = positions(mask)[:, -num_thoughts:]
-        with self._reading(prompt_mask.device):
-            states: Tensor = self.backbone.model(**inputs).last_hidden_state
+            inputs["position_ids"] = positions(mask)
+        with self._reading(prompts.device):
+            output = self.backbone.model(**inputs, **{CACHE_NAME: cache})
+        cache = find_cache(output)
         cache.crop(-num_thoughts)
-        return states[:, None]
+        return output.last_hidden_state[:, -num_thoughts:].clone()[:, None], cache
+
+    def _with_positions(self, prompts: Prompts, num_thoughts: int) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of prompts with thought positions, `(B, P + N)`."""
+        size = (len(prompts.input_ids), num_thoughts)
+        ids = torch.cat([prompts.input_ids, prompts.input_ids.new_full(size, self.position_token_id)], 1)
+        return ids, torch.cat([prompts.attention_mask, prompts.attention_mask.new_ones(size)], 1)
 
     @contextmanager
     def _reading(self, device: torch.device) -> Iterator[None]:

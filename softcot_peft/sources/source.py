@@ -57,7 +57,7 @@ class ThoughtSource(nn.Module, ABC):
     """
 
     kind: ClassVar[str]  # its registered name
-    shares_cache: ClassVar[bool] = False  # whether it reads with the base, and offers `read_after`
+    shares_cache: ClassVar[bool] = False  # whether it reads with the base, and offers `read_into`
     num_chains: int = 1  # K: how many different runs of thoughts the source has for a prompt
     learns_to_read: bool = False  # whether training changes the states that it reads
     id_limit: int | None = None  # number of the base's ids that the source can read; `None`: all
@@ -118,15 +118,15 @@ class ThoughtSource(nn.Module, ABC):
             "them out."
         )
 
-    def read_after(self, cache: Any, prompt_mask: Tensor, num_thoughts: int) -> Tensor:
-        """As `read`, if `shares_cache`, after the base's cache of the prompts, which is cropped to them again.
+    def read_into(self, prompts: Prompts, num_thoughts: int, cache: Any = None) -> tuple[Tensor, Any]:
+        """As `read`, if `shares_cache`; also returns the base's cache of the prompts, filled on the way.
 
         Args:
-            cache: Of the prompts, `(B, P)`.
-            prompt_mask: `(B, P)`, 1 = part of the prompt.
+            prompts: The prompts of a batch.
             num_thoughts: N.
+            cache: An empty cache to fill, which can be cropped. `None`: the base makes one.
         """
-        raise NotImplementedError(f"Thought source {self.kind!r} has `shares_cache=True` and must have `read_after`.")
+        raise NotImplementedError(f"Thought source {self.kind!r} has `shares_cache=True` and must have `read_into`.")
 
     def states(self, prompts: Prompts, num_thoughts: int) -> Tensor:
         """Return precomputed states if there are any, else those of `read`."""

@@ -81,7 +81,7 @@ def test_the_prompt_runs_once_in_generate(pair: Pair, run: bool) -> None:
     shapes = columns_run(model)
     model.generate(**batch, max_new_tokens=3, do_sample=False, min_new_tokens=3)
     rows = len(QUESTIONS)
-    assert shapes == [(rows, length), (rows, NUM), (rows, NUM), (rows, 1), (rows, 1)]
+    assert shapes == [(rows, length + NUM), (rows, NUM), (rows, 1), (rows, 1)]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_training_steps_have_the_equations_loss_and_run_the_prompts_once(
     for gradient, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, other, atol=2e-5, rtol=1e-4)
     longest, width = max(map(len, prompts)), max(map(len, responses))
-    assert shapes == [(len(rows), longest), (len(rows), NUM), (len(rows), NUM + width)]
+    assert shapes == [(len(rows), longest + NUM), (len(rows), NUM + width)]
     never_share_prompts(monkeypatch)
     unshared, _ = gradients(model, batch)
     torch.testing.assert_close(unshared.loss, output.loss, atol=1e-6, rtol=1e-6)
