@@ -5,7 +5,7 @@ r"""Estimate the parameters, memory, operations and hours to train and evaluate 
 
 The models are built from their configs on torch's meta device, which holds shapes but no values, and run there, so
 multiplications and tensors saved for the backward pass are counted, not guessed. Without `--base`, the script uses the
-two pairs of the SoftCoT paper, whose shapes are defined here. `--write` updates the table in `docs/recipes.md`.
+three pairs of the recipes, whose shapes are defined here. `--write` updates the table in `docs/recipes.md`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
@@ -62,6 +63,20 @@ def qwen(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocabulary: in
     )
 
 
+def qwen3(hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
+    """Return a Qwen3 config with 8 heads of keys and values, each 128 wide."""
+    return Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=tied,
+    )
+
+
 # Base and assistant, with the values of the published configs.
 PAIRS: dict[str, tuple[PretrainedConfig, PretrainedConfig]] = {
     "Llama-3.1-8B + Llama-3.2-1B": (llama(4096, 14336, 32, 8, 128, False), llama(2048, 8192, 16, 8, 64, True)),
@@ -69,6 +84,7 @@ PAIRS: dict[str, tuple[PretrainedConfig, PretrainedConfig]] = {
         qwen(3584, 18944, 28, 28, 4, 152064, False),
         qwen(1536, 8960, 28, 12, 2, 151936, True),
     ),
+    "Qwen3-8B + Qwen3-0.6B": (qwen3(4096, 12288, 36, 32, False), qwen3(1024, 3072, 28, 16, True)),
 }
 
 
@@ -179,7 +195,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line. The defaults are those of the recipes and of an H100."""
     parser = argparse.ArgumentParser(description="Estimate the cost of training and evaluating a pair.")
     add = parser.add_argument
-    add("--base", help="Hub id or folder of a config; without it, the pairs of the paper")
+    add("--base", help="Hub id or folder of a config; without it, the pairs of the recipes")
     add("--assistant", help="Hub id or folder of a config")
     add("--num-thoughts", type=int, default=32)
     add("--inference-thoughts", type=int, default=4)

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -66,15 +66,32 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source, padding_side="left")
 
 
-def load_task(manager: TaskManager, name: str, samples: int) -> ConfigurableTask:
-    """Load a task with its data. The first sample is scored, and votes over the first k samples."""
+def load_task(
+    manager: TaskManager, name: str, samples: int, delimiters: Sequence[str] | None = None
+) -> ConfigurableTask:
+    """Load a task with its data. The first sample is scored, and votes over the first k samples.
+
+    Args:
+        manager: The harness's task manager.
+        name: Name of the task.
+        samples: Number of samples per question.
+        delimiters: Two texts to write around the evaluated question, for adapters whose assistant reads what stands
+            between them (`assistant_prompt_between`).
+    """
     full = f"softcot_{name}"
-    ways = manager.load(full)["tasks"][full].config.filter_list
+    config = manager.load(full)["tasks"][full].config
+    ways = config.filter_list
     extract, first = ways[0]["filter"]
     for count in sorted({k for k in VOTES if k < samples} | {samples} - {1}):
         vote = [{"function": "take_first_k", "k": count}, {"function": "custom", "filter_fn": answered}]
         ways.append({"name": f"vote of {count}", "filter": [extract, *vote, {"function": "majority_vote"}, first]})
-    group = {"group": "evaluation", "task": [{"task": full, "repeats": samples, "filter_list": ways}]}
+    changes: dict[str, Any] = {"repeats": samples, "filter_list": ways}
+    if delimiters is not None:
+        before, after = (json.dumps(text, ensure_ascii=False) for text in delimiters)  # as Jinja literals
+        changes["doc_to_text"] = config.doc_to_text.replace("{{question}}", f"{{{{ {before} ~ question ~ {after} }}}}")
+        # few-shot examples have none, because each must occur once in a prompt
+        changes["fewshot_config"] = {"doc_to_text": config.doc_to_text, "doc_to_target": "{{solution}}"}
+    group = {"group": "evaluation", "task": [{"task": full, **changes}]}
     return manager.load(group)["tasks"][full]
 
 
@@ -153,14 +170,15 @@ class Evaluation:
             dtype="bfloat16" if args.bf16 else "float32",
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        self.method = "SoftCoT"
+        self.method, self.delimiters = "SoftCoT", None
         self.number = self.set_number() if args.adapter else 0
         # Without a chat template, a base continues with another question, as in its few-shot examples.
         self.until = ["\n\n"] if args.num_fewshot and self.tokenizer.chat_template is None else []
-        self.task: Callable[[str, int], ConfigurableTask] = lru_cache(2)(partial(load_task, self.manager))
+        load = partial(load_task, self.manager, delimiters=self.delimiters)
+        self.task: Callable[[str, int], ConfigurableTask] = lru_cache(2)(load)
 
     def set_number(self) -> int:
-        """Set and return the number of thoughts; 0 for an adapter of another method.
+        """Set and return the number of thoughts; 0 for an adapter of another method. Also set `delimiters`.
 
         Raises:
             ValueError: If options change thoughts, but the adapter has none.
@@ -174,6 +192,7 @@ class Evaluation:
                     f"the method {self.method}. Omit these options."
                 )
             return 0
+        self.delimiters = config.assistant_prompt_between
         config.inference_num_thought_tokens = args.inference_thoughts or config.inference_num_thought_tokens
         return config.inference_num_thought_tokens or config.num_thought_tokens
 

@@ -5,8 +5,10 @@ With a pair and data from the Hub, and the paper's recipe (arXiv 2502.12134):
     python examples/train_gsm8k.py --base Qwen/Qwen2.5-7B-Instruct --assistant Qwen/Qwen2.5-1.5B-Instruct
 
 Thoughts are placed at the end of the prompt; `--where user_turn --thought-token "<|endoftext|>"` places them at the
-end of the user turn, as in the paper. `@examples/recipes/qwen2.5-7b.txt` reads options from a file, with one option
-and its value per line and comments after `#`; later options override earlier ones. Base and assistant may be folders
+end of the user turn, after a sentence that introduces them and between markers, as in the paper. The assistant reads
+the question alone, and its own turn begins with a lead-in (docs/prompts.md). `@examples/recipes/qwen2.5-7b.txt` reads
+options from a file, with one option and its value per line and comments after `#`; later options override earlier
+ones, and an empty text, "", leaves a part of the prompts out. Base and assistant may be folders
 (`make_tiny_pair.py` creates a pair to try), and data may be JSON Lines files of
 `{"question": "...", "answer": "... #### 72"}`. To use several GPUs, run the script with `accelerate launch` and DDP.
 The evaluation distributes rows unevenly, which sharding engines do not allow. `--cache-thoughts` runs the assistant
@@ -51,8 +53,19 @@ from softcot_peft.live_rows import LiveRows
 sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is not an installed package
 from evaluation.answers import number
 
-PROMPT = "Reason about this problem step by step, then close with a line '#### N' for its answer N.\n\n{question}"
-ASSISTANT_PROMPT = "A larger model has this task. Note for it in {num_thought_tokens} tokens what matters.\n\n{prompt}"
+DELIMITERS = ("<question>\n", "\n</question>")  # the assistant reads what stands between them
+PROMPT = (
+    "Reason about this problem step by step, then close with a line '#### N' for its answer N.\n\n"
+    "<question>\n{question}\n</question>"
+)
+INTRODUCTION = "A smaller model has read the question too. This is what it thinks of it, in a form that you can read:"
+ASSISTANT_PROMPT = (
+    "A larger model has to answer this question. Note for it in {num_thought_tokens} tokens what matters."
+    "\n\n{prompt}\n"
+)
+ASSISTANT_PREFIX = "Here is what matters, in {num_thought_tokens} tokens:"
+NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) -%}"  # at the start of a chat template
+EMPTY_THINK_BLOCK = "<think>\n\n</think>\n\n"  # what Qwen3's chat template then writes
 Row = dict[str, str]  # "question" and "answer"
 Example = dict[str, list[int]]  # "input_ids" and "labels"
 
@@ -75,11 +88,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--thought-token",
         help="token of the base's vocabulary that marks thought positions, unless --where is prompt_end",
     )
-    add(
-        "--assistant-prompt",
-        default=ASSISTANT_PROMPT,
-        help="template that the assistant reads; '' for the prompt alone",
-    )
+    add("--introduction", default=INTRODUCTION, help="sentence before the thoughts, with --where user_turn")
+    add("--begin-marker", default="", help="token before the thoughts, unless --where is prompt_end")
+    add("--end-marker", default="", help="token after the thoughts, unless --where is prompt_end")
+    add("--assistant-prompt", default=ASSISTANT_PROMPT, help="what the assistant reads; '' for its input alone")
+    add("--assistant-prefix", default=ASSISTANT_PREFIX, help="lead-in of the assistant's own turn; '' for none")
+    add("--assistant-reads", choices=["question", "prompt"], default="question", help="{prompt} of --assistant-prompt")
+    add("--assistant-thought-token", help="token at the assistant's thought positions; default: UNK, EOS or padding")
+    add("--no-thinking", action="store_true", help="Qwen3: begin the turns of both models with an empty think block")
     add("--learning-rate", type=float, default=2e-5)
     add("--epochs", type=float, default=10)
     add("--max-steps", type=int, default=-1, help="number of training steps; overrides --epochs")
@@ -122,9 +138,34 @@ def is_correct(solution: str, reference: str) -> bool:
     return (found := number(solution)) is not None and found == number(reference)
 
 
+def make_config(args: Namespace) -> SoftCoTConfig:
+    """Return the adapter's config."""
+    if args.where == "prompt_end" and (args.begin_marker or args.end_marker):
+        raise ValueError("`--begin-marker` and `--end-marker` need thought tokens: set `--where user_turn`.")
+    prefix = (EMPTY_THINK_BLOCK if args.no_thinking else "") + args.assistant_prefix
+    return SoftCoTConfig(
+        task_type="CAUSAL_LM",
+        assistant_model_name_or_path=args.assistant,
+        assistant_prompt=args.assistant_prompt or None,
+        assistant_prefix=prefix or None,
+        assistant_prompt_between=list(DELIMITERS) if args.assistant_reads == "question" else None,
+        assistant_thought_token=args.assistant_thought_token,
+        assistant_dtype="bfloat16" if args.bf16 else "float32",
+        num_thought_tokens=args.num_thoughts,
+        inference_num_thought_tokens=args.inference_thoughts,
+        thought_token=args.thought_token,
+        placement="prompt_end" if args.where == "prompt_end" else "thought_token",
+    )
+
+
+def prompt_text(question: str) -> str:
+    """Return the text of a prompt, in which each delimiter occurs once: tags in the question itself are broken up."""
+    return PROMPT.format(question=re.sub("<(?=/?question>)", "< ", question, flags=re.IGNORECASE))
+
+
 def encode_prompt(tokenizer: Tokenizer, question: str, num_thoughts: int = 0) -> list[int]:
     """Encode a prompt with its generation prompt; `num_thoughts` is for the template of `with_thought_tokens`."""
-    content = PROMPT.format(question=question)
+    content = prompt_text(question)
     if tokenizer.chat_template is None:
         return tokenizer(content + "\n\nSolution:\n")["input_ids"]
     turns, options = [{"role": "user", "content": content}], {"num_thought_tokens": num_thoughts}
@@ -157,7 +198,12 @@ def load_tokenizer(args: Namespace, config: SoftCoTConfig) -> Tokenizer:
         raise ValueError(f"`--base` must have a tokenizer with an EOS token, but {args.base!r} has none.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels and masks follow lengths, so EOS is still trained
-    return tokenizer if args.where == "prompt_end" else with_thought_tokens(tokenizer, config, args.where)
+    if args.no_thinking and tokenizer.chat_template is not None:
+        tokenizer.chat_template = NO_THINKING + tokenizer.chat_template
+    if args.where == "prompt_end":
+        return tokenizer
+    introduction = f"\n\n{args.introduction}\n" if args.introduction and args.where == "user_turn" else ""
+    return with_thought_tokens(tokenizer, config, args.where, introduction + args.begin_marker, args.end_marker)
 
 
 def load_base(args: Namespace, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -271,16 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and reload."""
     args = parse_args(argv)
     set_seed(args.seed)
-    config = SoftCoTConfig(
-        task_type="CAUSAL_LM",
-        assistant_model_name_or_path=args.assistant,
-        assistant_prompt=args.assistant_prompt or None,
-        assistant_dtype="bfloat16" if args.bf16 else "float32",
-        num_thought_tokens=args.num_thoughts,
-        inference_num_thought_tokens=args.inference_thoughts,
-        thought_token=args.thought_token,
-        placement="prompt_end" if args.where == "prompt_end" else "thought_token",
-    )
+    config = make_config(args)
     tokenizer = load_tokenizer(args, config)
     rows = load_rows(args.eval_file, "test", args.max_eval_samples)
     rows.sort(key=lambda row: len(row["question"]), reverse=True)  # batches of similar length, the longest first

@@ -16,8 +16,9 @@ from ..rows.placement import prompts
 from ..sources import ThoughtSource
 from .active import active
 from .fingerprint import N, fingerprint, to_json
-from .lookup import FINGERPRINT, KEY, STATES, prompt_keys
+from .lookup import FINGERPRINT, GIVEN, INPUT, INPUT_KEY, KEY, STATES, prompt_keys, refuse_conflicts
 
+_OWN_IDS, _OWN_MASK = "assistant_input_ids", "assistant_attention_mask"
 _RESPONSE_MASKS = ("completion_mask", "assistant_masks")  # columns of TRL, 1 = supervised
 
 
@@ -43,13 +44,21 @@ class ComputeThoughts:
         Args:
             batch: Columns of a tokenized data set: `input_ids`, else `prompt_ids`, and optionally `attention_mask`.
                 With `labels`, or TRL's `completion_mask` or `assistant_masks`, a prompt ends before the first
-                supervised token, otherwise at the end of the row.
+                supervised token, otherwise at the end of the row. With `assistant_input_ids`, rows that end in N
+                thought positions, and optionally `assistant_attention_mask`, the assistant reads these instead of the
+                prompts, and the states are still stored for the base's prompts.
 
         Returns:
             The columns `assistant_hidden_states`, `N x H_assistant` numbers per row in the assistant's dtype (bfloat16
-            as float32); `thoughts_key`, int64; and `thoughts_fingerprint`, JSON.
+            as float32); `thoughts_key`, int64; `thoughts_fingerprint`, JSON; and, with `assistant_input_ids`,
+            `assistant_input_key`, int64.
+
+        Raises:
+            TypeError: A column does not hold rows of ids.
+            ValueError: A column is missing, N is not the length of the run, or the `assistant_input_ids` are invalid
+                or differ between rows with the same prompt.
         """
-        inputs = _padded(batch)
+        inputs, own = _padded(batch), _own_input(batch)
         placement = self._host.locate(inputs, self._source, self._fingerprint[N])
         num = placement.num_thoughts
         if self._num not in (None, num):
@@ -58,13 +67,19 @@ class ComputeThoughts:
                 "out where prompts hold the run."
             )
         with torch.no_grad():
-            chains = self._source.select_chains(None)
-            states = self._host.read(inputs["input_ids"], placement, self._source, afresh=True, chains=chains).cpu()
+            read, chains = self._host.read, self._source.select_chains(None)
+            states = read(inputs["input_ids"], placement, self._source, own, afresh=True, chains=chains).cpu()
         if states.dtype == torch.bfloat16:  # not supported by Arrow
             states = states.float()
         keys = prompt_keys(*prompts(inputs["input_ids"], placement), num)
-        text = to_json(self._fingerprint | {N: num})
-        return {STATES: states.flatten(1).numpy(), KEY: keys.numpy(), FINGERPRINT: [text] * len(keys)}
+        found = {STATES: states.flatten(1).numpy(), KEY: keys.numpy()}
+        depends = self._fingerprint | {N: num}
+        if own:
+            own_keys = prompt_keys(own[_OWN_IDS], own[_OWN_MASK], num)
+            refuse_conflicts(keys, own_keys)
+            found[INPUT_KEY] = own_keys.numpy()
+            depends[INPUT] = GIVEN
+        return found | {FINGERPRINT: [to_json(depends)] * len(keys)}
 
 
 class _InOtherProcess:
@@ -90,6 +105,10 @@ def compute_thoughts(model: nn.Module, num_thought_tokens: int | None = None) ->
     assistant, its commit, its template, the tokens or N have changed. The result for an in-memory data set stays in
     memory unless `cache_file_name` is set. The result holds the assistant's hidden states, `N x H_assistant` numbers
     per row; the projection, which training changes, is applied later. The assistant runs on the model's device.
+
+    If the data set has the column `assistant_input_ids`, the assistant reads it instead of the prompts. Training on
+    the data set then needs neither the column nor the assistant, but prompts that are not in it do: pass
+    `assistant_input_ids` with them, because the assistant would read these prompts themselves.
 
     Args:
         model: The PEFT model, or the base that the adapter was injected into. Its active adapter is used.
@@ -143,3 +162,27 @@ def _padded(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             labels = labels.where(pad([torch.as_tensor(row) for row in batch[mask]]) == 1, IGNORED)
         inputs["labels"] = labels
     return inputs
+
+
+def _own_input(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what the assistant reads instead of the prompts, `(B, P)`, left-padded; empty without the columns."""
+    if _OWN_IDS not in batch:
+        if _OWN_MASK in batch:
+            raise ValueError(
+                f"`{_OWN_MASK}` is the mask of `{_OWN_IDS}`, which is no column. Add it, or leave both out."
+            )
+        return {}
+    if any(row is None for name in (_OWN_IDS, _OWN_MASK) for row in batch.get(name, ())):
+        raise ValueError(f"`{_OWN_IDS}` must be given for all rows of a data set or for none, but some have None.")
+    ids = [torch.as_tensor(row) for row in batch[_OWN_IDS]]
+    masks = [torch.as_tensor(row) for row in batch.get(_OWN_MASK, [torch.ones_like(row) for row in ids])]
+    for place, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        if row.shape != mask.shape:
+            raise ValueError(
+                f"`{_OWN_MASK}` must be as long as `{_OWN_IDS}`, got {tuple(mask.shape)} and {tuple(row.shape)} in "
+                f"row {place}. Make both with the assistant's tokenizer."
+            )
+        if row.dim() != 1 or row.is_floating_point():
+            raise TypeError(f"`{_OWN_IDS}` must hold rows of ids, got {row.tolist()!r} in row {place}.")
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return {_OWN_IDS: pad(ids), _OWN_MASK: pad(masks)}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 STATES, KEY, FINGERPRINT = "assistant_hidden_states", "thoughts_key", "thoughts_fingerprint"  # columns
 COLUMNS = (STATES, KEY, FINGERPRINT)
+INPUT_KEY = "assistant_input_key"  # column of thoughts that were computed from `assistant_input_ids`
+INPUT, GIVEN = "assistant_input", "given"  # field of their fingerprints, and its value
 _GOLDEN_RATIO = -7046029254386353131  # 2^64 / golden ratio, as a signed number: odd, spreads small integers best
 
 
@@ -55,12 +57,35 @@ def _splitmix64(number: int) -> int:
     return number - 2**64 if number >> 63 else number
 
 
+def refuse_conflicts(keys: Tensor, input_keys: Tensor) -> None:
+    """Reject rows with the same prompt and different inputs of the assistant: only one could be found.
+
+    Args:
+        keys: `(B,)`, of the base's prompts.
+        input_keys: `(B,)`, of what the assistant reads for them.
+
+    Raises:
+        ValueError: There are such rows.
+    """
+    ordered, order = keys.sort(stable=True)
+    inputs = input_keys[order]
+    conflicts = (ordered[1:] == ordered[:-1]) & (inputs[1:] != inputs[:-1])
+    if conflicts.any():
+        place = int(conflicts.int().argmax())
+        raise ValueError(
+            "`assistant_input_ids` must be the same for the same prompt, because thoughts are found by the base's "
+            f"prompt, but rows {int(order[place])} and {int(order[place + 1])} have one prompt and two inputs. Leave "
+            "one of the rows out, or pass `assistant_input_ids` in each batch and do not precompute."
+        )
+
+
 class _Columns:
     """In-memory columns, as [`compute_thoughts`] returns them for a batch."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
         self.keys = torch.as_tensor(columns[KEY])
         self.states = torch.as_tensor(columns[STATES])
+        self.input_keys = torch.as_tensor(columns[INPUT_KEY]) if INPUT_KEY in columns else None
         found = columns[FINGERPRINT]
         self.fingerprints = {found} if isinstance(found, str) else set(found)
 
@@ -76,8 +101,10 @@ class _Dataset:
     """
 
     def __init__(self, dataset: Any) -> None:
-        table = dataset.with_format("arrow", columns=[KEY, FINGERPRINT])[:]
+        given = [INPUT_KEY] if INPUT_KEY in dataset.column_names else []
+        table = dataset.with_format("arrow", columns=[KEY, FINGERPRINT, *given])[:]
         self.keys = torch.tensor(table.column(KEY).to_numpy())
+        self.input_keys = torch.tensor(table.column(INPUT_KEY).to_numpy()) if given else None
         self.fingerprints = set(table.column(FINGERPRINT).unique().to_pylist())
         self.states = dataset.with_format("arrow", columns=[STATES])
 
@@ -123,6 +150,11 @@ class ThoughtLookup:
         """The distinct fingerprints of the thoughts."""
         return [json.loads(text) for text in sorted(self._table.fingerprints)]
 
+    def refuse_conflicts(self) -> None:
+        """Reject rows with the same prompt and different `assistant_input_ids`."""
+        if self._table.input_keys is not None:
+            refuse_conflicts(self._table.keys, self._table.input_keys)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ThoughtLookup:
         return self
 
@@ -153,11 +185,17 @@ class ThoughtLookup:
         if self._warned:
             return
         self._warned = True
+        own = ""
+        if any(found.get(INPUT) == GIVEN for found in self.fingerprints):
+            own = (
+                " Its thoughts were computed from `assistant_input_ids`, but the assistant reads these prompts "
+                "themselves: pass `assistant_input_ids` with them."
+            )
         warnings.warn(
             f"The data set given to `use_thoughts` lacks thoughts for {int(missing.sum())} of {len(missing)} prompts "
             f"of a batch, with {num_thoughts} thoughts each, so that the assistant runs for this batch, and for "
             "others like it without another warning. If they are its own prompts, compute its thoughts from the same "
-            "tokens and number of thoughts; if not, add them to it, or call `use_thoughts(model, None)`.",
+            f"tokens and number of thoughts; if not, add them to it, or call `use_thoughts(model, None)`.{own}",
             stacklevel=2,
         )
 

@@ -17,8 +17,8 @@ def use_thoughts(model: nn.Module, dataset: Any | None) -> None:
     Thoughts are found by the tokens of the prompt and N, so trainers and collators work without changes. The weights
     of an assistant that this package loaded are freed, or never loaded; a model registered with `use_assistant` stays
     in memory. If a prompt of a batch is missing from the data set, the assistant runs for this batch, and is loaded
-    again if needed; a warning is shown the first time. To use several data sets, or several N, combine them with
-    `concatenate_datasets`.
+    again if needed; a warning is shown the first time. Batches with `assistant_input_ids` are not looked up. To use
+    several data sets, or several N, combine them with `concatenate_datasets`.
 
     Args:
         model: The PEFT model, or the base that the adapter was injected into. Its active adapter is used.
@@ -28,8 +28,9 @@ def use_thoughts(model: nn.Module, dataset: Any | None) -> None:
 
     Raises:
         TypeError: The data set is streamed.
-        ValueError: The thoughts do not match the active adapter's assistant, template, tokens or N, a column is
-            missing, or the model has no active SoftCoT adapter.
+        ValueError: The thoughts do not match the active adapter's assistant, template, tokens or N; a column is
+            missing; only some thoughts were computed from `assistant_input_ids`, or the same prompt has two of them;
+            or the model has no active SoftCoT adapter.
 
     Example:
         ```python
@@ -47,5 +48,6 @@ def use_thoughts(model: nn.Module, dataset: Any | None) -> None:
         return
     lookup = ThoughtLookup(dataset)
     refuse_stale(lookup.fingerprints, source)
+    lookup.refuse_conflicts()
     source.precomputed = lookup
     source.release()

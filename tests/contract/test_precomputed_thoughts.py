@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -174,6 +175,172 @@ def test_the_callers_own_assistant_input_is_never_looked_up(pair: Pair, monkeypa
     with assistant_reads(monkeypatch) as shapes:
         assert torch.equal(model(**collate(rows), assistant_input_ids=own).loss, plain)
     assert shapes == [(4, 7)]
+
+
+# The caller's own assistant input
+
+OWN = [[2, 5, 6, 7, 8], [2, 9], [2, 10, 11, 12, 13, 14, 15], [2, 16, 17]]  # what the assistant reads for each prompt
+
+
+def with_own(rows: list[dict[str, Any]], own: list[list[int]] = OWN, num: int = N) -> list[dict[str, Any]]:
+    """Rows with the column that the assistant reads instead of the prompt."""
+    return [row | {"assistant_input_ids": ids + [0] * num} for row, ids in zip(rows, own, strict=True)]
+
+
+def own_batch(own: list[list[int]] = OWN, num: int = N) -> dict[str, Tensor]:
+    """The same, as arguments of the forward."""
+    rows = [ids + [0] * num for ids in own]
+    width = max(map(len, rows))
+    return {
+        "assistant_input_ids": torch.tensor([[1] * (width - len(row)) + row for row in rows]),
+        "assistant_attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_own_input_trains_and_answers_as_if_it_were_in_each_batch(
+    kind: str, size: int, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = make_model(pair, kind), examples(pair, kind)
+    batch, own = collate(rows), own_batch()
+    prompts = [{"input_ids": row["input_ids"][: row["labels"].count(IGNORED)]} for row in rows]
+    asked = collate([row | {"labels": row["input_ids"]} for row in prompts], "left")
+    del asked["labels"]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    plain, expected = loss_and_gradients(model, batch | own)
+    answers = model.eval().generate(**asked, **own, **options)
+    others = (model.train()(**batch).loss, model(**batch, **own_batch(OWN[::-1])).loss)
+    thoughts = datasets.concatenate_datasets(
+        [computed(model, with_own(found), batch_size=size) for found in (rows, prompts)]
+    )
+    use_thoughts(model, thoughts)
+    with no_assistant(monkeypatch):
+        loss, found = loss_and_gradients(model, batch)
+        assert torch.equal(model.eval().generate(**asked, **options), answers)
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=0)
+    for one, two in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+    assert all((other - plain).abs() > 1e-3 for other in others)
+
+
+def test_own_input_trains_a_trainer_the_same(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, runs = with_own(examples(pair)), []
+
+    def collate_own(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return collate(rows) | own_batch([row["assistant_input_ids"][:-N] for row in rows])
+
+    for cached in (False, True):
+        model, train = make_model(pair), data(rows)
+        if cached:
+            train = computed(model, rows, batch_size=3)
+            use_thoughts(model, train)
+        options = TrainingArguments(**arguments(tmp_path, remove_unused_columns=False))
+        trainer = Trainer(model, options, collate if cached else collate_own, train_dataset=train)
+        with no_assistant(monkeypatch) if cached else warnings.catch_warnings():
+            trainer.train()
+        runs.append(losses(trainer))
+    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["masks", "padded", "tensors"])
+def test_own_input_comes_with_its_mask_or_without(how: str, pair: Pair) -> None:
+    model, rows = make_model(pair), examples(pair)
+    expected, own = computed(model, with_own(rows)), own_batch()
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    if how == "masks":
+        given = [row["assistant_input_ids"] for row in with_own(rows)]
+        own = {"assistant_input_ids": given, "assistant_attention_mask": [[1] * len(row) for row in given]}
+    elif how == "padded":
+        own = {name: tensor.tolist() for name, tensor in own.items()}
+    found = compute_thoughts(model)(columns | own)
+    for name in ("thoughts_key", "assistant_input_key", "thoughts_fingerprint"):
+        assert list(found[name]) == expected[name][:]
+    states = torch.tensor(expected["assistant_hidden_states"][:])
+    torch.testing.assert_close(torch.tensor(found["assistant_hidden_states"]), states, atol=1e-5, rtol=1e-5)
+
+
+def test_own_input_is_in_the_fingerprint_and_does_not_mix_with_prompts(pair: Pair) -> None:
+    model, rows = make_model(pair), examples(pair)
+    given, plain = computed(model, with_own(rows)), computed(model, rows)
+    assert json.loads(given["thoughts_fingerprint"][0])["assistant_input"] == "given"
+    assert "assistant_input" not in json.loads(plain["thoughts_fingerprint"][0])
+    assert given["thoughts_key"][:] == plain["thoughts_key"][:]
+    mixed = datasets.concatenate_datasets([given.select([0, 1]), plain.select([2, 3])])
+    with pytest.raises(ValueError, match="some were computed from `assistant_input_ids` and some from the prompts"):
+        use_thoughts(model, mixed)
+    with pytest.raises(ValueError, match=r"differs: `assistant_dtype` was 'auto' and is 'bfloat16'\. Compute"):
+        use_thoughts(make_model(pair, assistant_dtype="bfloat16"), given)
+    other = given.map(lambda row: {"thoughts_fingerprint": row["thoughts_fingerprint"].replace("given", "guessed")})
+    with pytest.raises(ValueError, match="differs: `assistant_input` was 'guessed' and is None"):
+        use_thoughts(model, other)
+    assert source_of(model).precomputed is None
+
+
+def test_prompts_without_precomputed_own_input_warn_that_they_are_read_themselves(pair: Pair) -> None:
+    model, rows = make_model(pair), examples(pair)
+    plain = model(**collate(rows)).loss
+    use_thoughts(model, computed(model, with_own(rows)[:2]))
+    with pytest.warns(UserWarning, match="lacks thoughts for 2 of 4 .* pass `assistant_input_ids` with them"):
+        assert torch.equal(model(**collate(rows)).loss, plain)
+
+
+@pytest.mark.parametrize("size", [1, 16], ids=["in two batches", "in one batch"])
+def test_two_own_inputs_of_a_prompt_are_refused(size: int, pair: Pair) -> None:
+    model, rows = make_model(pair), examples(pair)
+    same = with_own([*rows, rows[1]], [*OWN, OWN[1]])
+    use_thoughts(model, computed(model, same, batch_size=size))
+    differ = with_own([*rows, rows[1]], [*OWN, OWN[2]])
+    message = "must be the same for the same prompt, .* but rows 1 and 4 have one prompt and two inputs"
+    with pytest.raises(ValueError, match=message):
+        use_thoughts(make_model(pair), computed(model, differ, batch_size=size))
+    columns = {name: [row[name] for row in differ] for name in differ[0]}
+    apart = [
+        compute_thoughts(model)({name: rows[part] for name, rows in columns.items()})
+        for part in (slice(4), slice(4, 5))
+    ]
+    joined = {name: np.concatenate([columns[name] for columns in apart]) for name in apart[0]}
+    with pytest.raises(ValueError, match=message):
+        use_thoughts(make_model(pair), joined)
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        ({"assistant_input_ids": [[5, 0, 0, 0]] * 3 + [[0, 0, 0]]}, ValueError, "must attend to the 4 thought pos"),
+        ({"assistant_input_ids": [[5, 0, 0, 0, 0]] * 3 + [None]}, ValueError, "for all rows of a data set or for n"),
+        ({"assistant_input_ids": [[5, 0, 0, 0, 999]] * 4}, ValueError, "must lie within the assistant's vocabulary"),
+        ({"assistant_input_ids": [[5.5, 0, 0, 0, 0]] * 4}, TypeError, r"must hold rows of ids, got \[5.5, 0.0"),
+        ({"assistant_input_ids": [5, 0, 0, 0]}, TypeError, r"must hold rows of ids, got 5 in row 0"),
+        ({"assistant_attention_mask": [[1] * 5] * 4}, ValueError, "is the mask of `assistant_input_ids`, which is no"),
+        (
+            {"assistant_input_ids": [[0] * 5, [0] * 6] * 2, "assistant_attention_mask": [[1] * 6, [1] * 5] * 2},
+            ValueError, r"`assistant_attention_mask` must be as long .* got \(6,\) and \(5,\) in row 0",
+        ),
+        (
+            {"assistant_input_ids": [[5, 0, 0, 0, 0, 1]] * 4, "assistant_attention_mask": [[1] * 5 + [0]] * 4},
+            ValueError, r"must attend to the 4 thought positions .* Pad on the left",
+        ),
+    ],
+)  # fmt: skip
+def test_own_input_that_cannot_be_read_is_refused(
+    own: dict[str, Any], error: type[Exception], message: str, pair: Pair
+) -> None:
+    columns = {"input_ids": pair.rows(QUESTIONS)}
+    with pytest.raises(error, match=message):
+        compute_thoughts(make_model(pair))(columns | own)
+
+
+def test_a_base_that_reads_for_itself_refuses_own_input(pair: Pair) -> None:
+    model = make_model(pair, thought_source="base", assistant_model_name_or_path=None)
+    with pytest.raises(ValueError, match="`assistant_input_ids` must not be passed: thought source 'base'"):
+        computed(model, with_own(examples(pair)))
+
+
+def test_settings_that_are_no_longer_there_are_stale_too(pair: Pair) -> None:
+    thoughts = computed(make_model(pair, assistant_prefix="seven"), examples(pair))
+    with pytest.raises(ValueError, match="differs: `assistant_prefix` was 'seven' and is None"):
+        use_thoughts(make_model(pair), thoughts)
 
 
 # The assistant's weights

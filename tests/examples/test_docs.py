@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project_files import ROOT
@@ -50,6 +51,33 @@ def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_pa
     assert names["rows"].num_rows == 2
     (answer,) = names["pipe"](QUESTIONS[0], max_new_tokens=2)
     assert answer["generated_text"].startswith(QUESTIONS[0])
+
+
+@pytest.mark.usefixtures("nothing_given")
+def test_the_code_of_the_page_on_prompts_runs(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    """The blocks in their order, with the pair of the tests in the place of the named models."""
+    page = (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8")
+    replacements = {
+        "Qwen/Qwen2.5-7B-Instruct": str(pair.base),
+        "Qwen/Qwen2.5-1.5B-Instruct": str(pair.assistant),
+        "<|endoftext|>": "<thought>",
+        'assistant_thought_token="<thought>"': 'assistant_thought_token="[EOS]"',
+    }
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        for name, ours in replacements.items():
+            block = block.replace(name, ours)
+        exec(compile(block, "prompts.md", "exec"), names)
+    run, question = "<thought>" * 4, names["question"]
+    expected = [
+        f"{question}{run}<|end|><|assistant|>",
+        f"{question}\n\nA smaller model notes:\n<|box_start|>{run}<|box_end|><|end|><|assistant|>",
+        f"Hints: [{run}]\n\n{question}<|end|><|assistant|>",
+        f"{question}<|end|><|assistant|><think>{run}</think>",
+    ]
+    assert capsys.readouterr().out == "".join(f"<|user|>{text}\n" for text in expected)
+    assert names["thoughts"].column_names[-1] == "thoughts_fingerprint"
+    assert names["model"].peft_config["default"].assistant_prefix == "In {num_thought_tokens} tokens:"
 
 
 def test_every_command_of_make_that_is_named_exists() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import reader_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from project_files import EXAMPLES, load_example, load_script
 from small_data import DATA, needs_data, write_data
@@ -251,6 +252,43 @@ def test_the_tokenizer_of_an_adapter_is_found_in_the_cache_without_a_network(
     for name, thoughts in (("somebody/thoughts", N), (str(adapter), N), (None, 0), ("somebody/else", 0)):
         args = evaluate.parse_args(["--base", str(pair.base), *(["--adapter", name] if name else [])])
         assert load(args).apply_chat_template(chat, tokenize=False).count("<thought>") == thoughts
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+def test_an_assistant_that_reads_the_question_alone_finds_it_in_every_task(
+    shots: int, pair: Pair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delimiters = ("<q a='b'>{{", '}}</q>\n"é"')
+    model = pair.model(
+        thought_token="<thought>", placement="thought_token", assistant_prompt_between=list(delimiters),
+        assistant_model_name_or_path=str(pair.base),  # reads any text
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    with_thought_tokens(pair.tokenizer, model.peft_config["default"], before="\nHints:").save_pretrained(tmp_path)
+    texts: list[str] = []
+    reader_type = type(reader_of(model))
+    encode = reader_type._encode
+    monkeypatch.setattr(
+        reader_type, "_encode", lambda self, found, num: texts.extend(found) or encode(self, found, num)
+    )
+    options = [
+        "--adapter",
+        str(tmp_path),
+        "--num-fewshot",
+        str(shots),
+        "--limit",
+        "2",
+        "--tasks",
+        "gsm8k,date_understanding",
+    ]
+    run(pair, data, tmp_path / "out", *options)
+    rows = [row for task in ("gsm8k", "date_understanding") for row in logged(tmp_path / "out", task, "SoftCoT")]
+    assert len(rows) == 4
+    assert sorted(set(texts)) == sorted({row["doc"]["question"] for row in rows})
+    for row in rows:
+        prompt = row["arguments"]["gen_args_0"]["arg_0"]
+        assert prompt.count(row["doc"]["question"].join(delimiters)) == 1
+        assert [prompt.count(text) for text in delimiters] == [1, 1]
 
 
 def test_one_question_has_no_other(pair: Pair, data: Path, adapter: Path, tmp_path: Path) -> None:

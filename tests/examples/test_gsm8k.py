@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import reader_of
+from peft import get_peft_model
 from project_files import load_example
 from tiny_pair import Pair
+from tokenizers import normalizers
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
@@ -51,7 +56,7 @@ ROW = {"question": "How many legs have {seven} dogs?", "answer": "7 * 4 = <<7*4=
 def test_chat_prompts_end_in_the_generation_prompt(pair: Pair) -> None:
     text = pair.tokenizer.decode(gsm8k.encode_prompt(pair.tokenizer, ROW["question"]))
     assert text.startswith("<|user|>")
-    assert text.endswith(ROW["question"] + "<|end|><|assistant|>")
+    assert text.endswith("<question>\n" + ROW["question"] + "\n</question><|end|><|assistant|>")
 
 
 def test_without_a_chat_template_the_prompt_is_plain_text_with_the_tokenizers_bos(pair: Pair) -> None:
@@ -62,7 +67,9 @@ def test_without_a_chat_template_the_prompt_is_plain_text_with_the_tokenizers_bo
     assert tokenizer.bos_token_id not in ids[1:]
     tokenizer = AutoTokenizer.from_pretrained(pair.base)
     tokenizer.chat_template = None
-    assert tokenizer.decode(gsm8k.encode_prompt(tokenizer, ROW["question"])).endswith("dogs?\n\nSolution:\n")
+    assert tokenizer.decode(gsm8k.encode_prompt(tokenizer, ROW["question"])).endswith(
+        "dogs?\n</question>\n\nSolution:\n"
+    )
 
 
 @pytest.mark.parametrize("where", ["user_turn", "generation_prompt"])
@@ -109,6 +116,102 @@ def test_rows_that_are_too_long_are_dropped_and_none_is_cut(pair: Pair, tmp_path
     assert gsm8k.training_rows(pair.tokenizer, gsm8k.parse_args(arguments(pair, *more, str(length)))) == [whole]
     with pytest.raises(ValueError, match=rf"`--max-length` .*{length - 1} drops all 2"):
         gsm8k.training_rows(pair.tokenizer, gsm8k.parse_args(arguments(pair, *more, str(length - 1))))
+
+
+# The paper's prompts
+
+ODD = [
+    "How many legs?", "", "\n", "<question>", "</question>", "\n</question>", "<question>\n</question>\n<QUESTION>",
+    "<<question>question>", "</</question>question>", "<", "</question", "question>\n", "{question}", "{prompt} {0}",
+    "{num_thought_tokens}", "\u0338", "a\u0338", "x < 4 && y > 3", "\\n\\", "  two  spaces ", "思考 😀", "{{ 1 + 1 }}",
+]  # fmt: skip
+
+
+def base_reads(args: Namespace, question: str, num: int) -> str:
+    tokenizer = gsm8k.load_tokenizer(args, gsm8k.make_config(args))
+    return tokenizer.decode(gsm8k.encode_prompt(tokenizer, question, num))
+
+
+def assistant_reads(args: Namespace, question: str, num: int) -> str:
+    """What the assistant reads, decoded, with its thought positions."""
+    config = gsm8k.make_config(args)
+    tokenizer = gsm8k.load_tokenizer(args, config)
+    model = get_peft_model(gsm8k.load_base(args, tokenizer), config)
+    ids = torch.tensor([gsm8k.encode_prompt(tokenizer, question, num)])
+    if config.thought_token:
+        ids = ids[:, : ids[0].tolist().index(tokenizer.convert_tokens_to_ids(config.thought_token))]
+    reader = reader_of(model)
+    found, mask = reader.read(ids, torch.ones_like(ids), num)
+    return reader.assistant.tokenizer.decode(found[0][mask[0] == 1])
+
+
+@pytest.mark.parametrize("question", ODD, ids=ascii)
+def test_each_delimiter_occurs_once_in_every_prompt(pair: Pair, question: str) -> None:
+    for normalizer in (None, normalizers.NFC(), normalizers.Lowercase()):
+        tokenizer = copy.deepcopy(pair.tokenizer)
+        if normalizer is not None:
+            tokenizer.backend_tokenizer.normalizer = normalizer
+        text = tokenizer.decode(gsm8k.encode_prompt(tokenizer, question))
+        before, after = gsm8k.DELIMITERS
+        assert (text.count(before), text.count(after)) == (1, 1)
+        assert text.index(before) < text.index(after)
+        if "question>" not in question and normalizer is None:
+            assert text.partition(before)[2].partition(after)[0] == question
+
+
+@pytest.mark.parametrize("where", ["user_turn", "generation_prompt"])
+def test_the_thoughts_stand_between_markers(pair: Pair, where: str) -> None:
+    more = ("--where", where, "--thought-token", "<thought>", "--begin-marker", "<|system|>", "--end-marker", "<pad>")
+    text = base_reads(gsm8k.parse_args(arguments(pair, *more)), "How many legs?", 3)
+    run = "<|system|><thought><thought><thought><pad>"
+    question, end = "<question>\nHow many legs?\n</question>", "<|end|><|assistant|>"
+    introduced = f"{question}\n\n{gsm8k.INTRODUCTION}\n{run}{end}"
+    assert text.endswith(introduced if where == "user_turn" else question + end + run)
+    assert base_reads(gsm8k.parse_args(arguments(pair, *more)), "How many legs?", 0).endswith(question + end)
+    bare = base_reads(gsm8k.parse_args(arguments(pair, *more, "--introduction", "")), "How many legs?", 3)
+    assert bare.endswith(question + (run + end if where == "user_turn" else end + run))
+
+
+def test_markers_need_thought_tokens(pair: Pair) -> None:
+    args = gsm8k.parse_args(arguments(pair, "--begin-marker", "<pad>"))
+    with pytest.raises(ValueError, match="`--begin-marker` and `--end-marker` need thought tokens"):
+        gsm8k.make_config(args)
+
+
+def test_the_assistant_reads_the_question_alone_and_begins_its_own_turn(pair: Pair) -> None:
+    base = ("--base", str(pair.base), "--assistant", str(pair.base), "--no-bf16")  # which chats, and reads any text
+    for place in ((), ("--where", "user_turn", "--thought-token", "<thought>")):
+        options = ("--assistant-thought-token", "<pad>", *place)
+        args = gsm8k.parse_args(arguments(pair, *base, *options))
+        for num in (2, 5):
+            task, lead = (
+                text.replace("{num_thought_tokens}", str(num)).replace("{prompt}", "Why {not}?")
+                for text in (gsm8k.ASSISTANT_PROMPT, gsm8k.ASSISTANT_PREFIX)
+            )
+            expected = f"<|user|>{task}<|end|><|assistant|>{lead}" + "<pad>" * num
+            assert assistant_reads(args, "Why {not}?", num) == expected
+            assert str(num) in task
+            assert str(num) in lead
+    args = gsm8k.parse_args(arguments(pair, *base, "--assistant-reads", "prompt", "--assistant-prefix", ""))
+    text = assistant_reads(args, "Why?", 2)
+    assert "step by step" in text
+    assert "<question>" in text
+
+
+def test_a_thinking_model_gets_an_empty_think_block(pair: Pair, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(pair.tokenizer)
+    tokenizer.chat_template += (
+        "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    )  # as Qwen3's
+    pair.load_base().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = gsm8k.parse_args(arguments(pair, "--base", str(tmp_path), "--assistant", str(tmp_path)))
+    assert base_reads(args, "Why?", 0).endswith("<|assistant|>")
+    assert "<think>" not in assistant_reads(args, "Why?", 2)
+    args.no_thinking = True
+    assert base_reads(args, "Why?", 0).endswith("<|assistant|>" + gsm8k.EMPTY_THINK_BLOCK)
+    assert "<|assistant|>" + gsm8k.EMPTY_THINK_BLOCK + "Here is" in assistant_reads(args, "Why?", 2)
 
 
 # Decoding
@@ -227,7 +330,7 @@ def test_the_tiny_pair_has_two_tokenizers(tiny_pair: Path, file: Path) -> None:
     assert base.decode(base("Ann has 12 pens.\n")["input_ids"]) == "Ann has 12 pens.\n"
     assert assistant.decode(assistant("Ann has 12 pens.\n")["input_ids"]) == "Ann has 12 pens.\n"
     assert base("<thought><eos>")["input_ids"] == base.convert_tokens_to_ids(["<thought>", "<eos>"])
-    assert base.decode(gsm8k.encode_prompt(base, "Why?")).endswith("Why?<end>\n<assistant>\n")
+    assert base.decode(gsm8k.encode_prompt(base, "Why?")).endswith("Why?\n</question><end>\n<assistant>\n")
     assert assistant.unk_token_id is not None
 
 
@@ -287,7 +390,7 @@ def test_thoughts_in_the_user_turn_with_sampling(
     assert "4 of 4 solutions of the first batch are the same" in printed
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
-    assert "Why?" + "<thought>" * 6 + "<end>" in prompt
+    assert "Why?\n\n" + gsm8k.INTRODUCTION + "\n" + "<thought>" * 6 + "<end>" in prompt
     assert json.loads((tmp_path / "adapter_config.json").read_text())["placement"] == "thought_token"
 
 

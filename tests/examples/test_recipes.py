@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from project_files import EXAMPLES, load_example
-from tiny_pair import make_base
+from tiny_pair import Pair, make_base
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 estimate = load_example("estimate")
 gsm8k = load_example("train_gsm8k")
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.txt"))
+FAMILIES = {  # assistant, thought token and markers
+    "llama": ("Llama-3.2-1B", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    "qwen2": ("Qwen2.5-1.5B", "<|endoftext|>", "<|box_start|>", "<|box_end|>"),
+    "qwen3": ("Qwen3-0.6B", "<|endoftext|>", "<think>", "</think>"),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -22,14 +28,39 @@ def test_recipes_are_the_papers(recipe: Path) -> None:
     assert (args.num_thoughts, args.inference_thoughts, args.where) == (32, 4, "user_turn")
     assert (args.learning_rate, args.epochs, args.batch_size, args.bf16) == (2e-5, 10, 4, True)
     assert (args.temperature, args.top_p, args.max_new_tokens, args.seed) == (1, 1, 1024, 41)
-    families = {"llama": ("Llama-3.2-1B", "<|end_of_text|>"), "qwen2": ("Qwen2.5-1.5B", "<|endoftext|>")}
-    assistant, token = families[recipe.stem[:5]]
+    assistant, token, *_ = FAMILIES[recipe.stem[:5]]
     assert assistant in args.assistant
     assert args.thought_token == token
+    assert args.assistant_thought_token == token
+    assert args.assistant_reads == "question"
+    assert args.no_thinking == (recipe.stem[:5] == "qwen3")
 
 
-def test_there_are_two_recipes() -> None:
-    assert [path.stem for path in RECIPES] == ["llama-3.1-8b", "qwen2.5-7b"]
+def test_there_are_three_recipes() -> None:
+    assert [path.stem for path in RECIPES] == ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_thoughts_stand_between_the_family_s_markers(recipe: Path, pair: Pair, tmp_path: Path) -> None:
+    """With a tokenizer that has the family's tokens."""
+    _, token, begin, end = FAMILIES[recipe.stem[:5]]
+    tokenizer = copy.deepcopy(pair.tokenizer)
+    tokenizer.add_tokens([token, begin, end], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    args = gsm8k.parse_args([f"@{recipe}", "--base", str(tmp_path)])
+    config = gsm8k.make_config(args)
+    written = gsm8k.load_tokenizer(args, config)
+    ids = gsm8k.encode_prompt(written, "How many legs?", args.inference_thoughts)
+    run = begin + token * args.inference_thoughts + end
+    assert written.decode(ids) == (
+        f"<|user|>{gsm8k.prompt_text('How many legs?')}\n\n{gsm8k.INTRODUCTION}\n{run}<|end|><|assistant|>"
+    )
+    start = ids.index(written.convert_tokens_to_ids(begin))
+    assert ids[start : start + 6] == written.convert_tokens_to_ids([begin, *[token] * 4, end])
+    block = gsm8k.EMPTY_THINK_BLOCK if args.no_thinking else ""
+    assert config.assistant_prefix == block + gsm8k.ASSISTANT_PREFIX
+    assert "{num_thought_tokens}" in config.assistant_prompt
+    assert config.assistant_prompt_between == list(gsm8k.DELIMITERS)
 
 
 def test_later_options_win_and_unknown_ones_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +74,11 @@ def test_later_options_win_and_unknown_ones_are_refused(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("Llama-3.1-8B + Llama-3.2-1B", (8.03, 1.24)), ("Qwen2.5-7B + Qwen2.5-1.5B", (7.62, 1.54))],
+    [
+        ("Llama-3.1-8B + Llama-3.2-1B", (8.03, 1.24)),
+        ("Qwen2.5-7B + Qwen2.5-1.5B", (7.62, 1.54)),
+        ("Qwen3-8B + Qwen3-0.6B", (8.19, 0.60)),
+    ],
 )
 def test_parameters_are_the_published_ones(name: str, published: tuple[float, float]) -> None:
     found = [estimate.on_meta(config).num_parameters() / 1e9 for config in estimate.PAIRS[name]]

@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
 from oracle import Oracle
 from tiny_pair import QUESTIONS, Pair, with_template
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
 
@@ -201,6 +205,117 @@ def test_any_special_token_can_be_the_thought_token(pair: Pair, token: str) -> N
         assert render(tokenizer, [USER]).replace(token * N, "") == render(original, [USER])
 
 
+# Texts around the run, and a place of the user's choosing
+
+NASTY = [
+    "'", '"', "\\", "\\'", "\\n", "\n", "\r\n", "\t", "\0", "\x7f", "\u2028", "{", "}", "{{ 1 + 1 }}", "{% if 1 %}",
+    "%}", "{#", "#}", "{0}", "{token}", "{{{{", "' + 'x", "'}}{{'", "\\x41", "\\u0041", "\\N{BULLET}", "%s", "é",
+    "思考", "😀", "e\u0301", "<b>&amp;</b>", "{%- generation -%}", "{{ raise_exception('x') }}", " ", "  x  ",
+    "<|end|>", "# line", "{num_thought_tokens}", "{thoughts}", "a" * 1000,
+]  # fmt: skip
+ASKED = {"role": "user", "content": "Hint: {thoughts}; how many legs?"}
+
+
+def check_texts(tokenizer: PreTrainedTokenizerBase, before: str, after: str, placeholder: str) -> None:
+    """The texts stand around the run in all three places, letter by letter, and go with it."""
+    run = before + "<thought>" * N + after
+    for where in PLACES:
+        found = with_thought_tokens(tokenizer, config(), where, before, after)
+        plain = render(tokenizer, [USER])
+        in_place = plain + run if where == "generation_prompt" else plain.replace("legs?", "legs?" + run)
+        assert render(found, [USER]) == in_place
+        assert render(found, [USER], num_thought_tokens=0) == plain
+    found = with_thought_tokens(tokenizer, config(), "placeholder", before, after, placeholder)
+    chat = [{"role": "user", "content": f"1 {placeholder} 2"}]
+    assert render(found, chat) == f"<|user|>1 {run} 2<|end|><|assistant|>"
+    assert render(found, chat, num_thought_tokens=0) == "<|user|>1  2<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("text", NASTY, ids=ascii)
+def test_texts_are_literals(pair: Pair, text: str) -> None:
+    check_texts(pair.tokenizer, text, text[::-1], text.strip() or "{thoughts}")
+    tokenizer = with_thought_tokens(pair.tokenizer, config(), "user_turn", text, text)
+    assert tokenizer.chat_template.isascii()
+    ids = tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    thought = tokenizer.convert_tokens_to_ids("<thought>")
+    assert ids[ids.index(thought) :][:N] == [thought] * N
+    assert ids.count(thought) == N
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=8), st.text(max_size=8), st.text("a{}%'\"\\\n\r x", min_size=1, max_size=5))
+def test_any_text_is_a_literal(pair: Pair, before: str, after: str, placeholder: str) -> None:
+    assume(f"1 {placeholder} 2".count(placeholder) == 1)
+    check_texts(pair.tokenizer, before, after, placeholder)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{thoughts}", "{run}"),
+        ("{thoughts} How many?", "{run} How many?"),
+        (
+            [{"type": "text", "text": "How {thoughts} many "}, {"type": "text", "text": "legs?"}],
+            "How {run} many legs?",
+        ),
+        ([{"type": "image"}, {"type": "text", "text": "A{thoughts}B"}], "<image>A{run}B"),
+    ],
+    ids=str,
+)
+def test_the_run_stands_in_the_place_of_the_placeholder(pair: Pair, content: Any, expected: str) -> None:
+    tokenizer = with_thought_tokens(with_template(pair.tokenizer, PARTS), config(), "placeholder", "[", "]")
+    chat = [SYSTEM, {"role": "user", "content": "And{thoughts}?"}, {"role": "assistant", "content": "No {thoughts}."}]
+    parts = [{"type": "text", "text": "And{thoughts}?"}]
+    expected = expected.format(run="[" + "<thought>" * N + "]")
+    for earlier in (chat, [SYSTEM, {"role": "user", "content": parts}, chat[2]]):
+        copied = copy.deepcopy([*earlier, {"role": "user", "content": content}])
+        assert render(tokenizer, copied) == (
+            f"<|system|>Be brief.<|end|><|user|>And?<|end|><|assistant|>No {{thoughts}}.<|end|>"
+            f"<|user|>{expected}<|end|><|assistant|>"
+        )
+        assert copied == [*earlier, {"role": "user", "content": content}]  # as they were
+
+
+@pytest.mark.parametrize(
+    ("content", "times"),
+    [
+        ("How many?", 0),
+        ("{thoughts} and {thoughts}", 2),
+        ([], 0),
+        ([{"type": "text", "text": "{thou"}, {"type": "text", "text": "ghts}"}], 0),
+        ([{"type": "text", "text": "{thoughts}"}, {"type": "text", "text": "{thoughts}"}], 2),
+    ],
+    ids=str,
+)
+def test_a_last_user_turn_must_hold_the_placeholder_once(pair: Pair, content: Any, times: int) -> None:
+    tokenizer = with_thought_tokens(with_template(pair.tokenizer, PARTS), config(), "placeholder")
+    for rest in ([], [ANSWER]):
+        message = rf"last user message must contain the placeholder '{{thoughts}}' once, but contains it {times} times"
+        with pytest.raises(TemplateError, match=message):
+            render(tokenizer, [ASKED, ANSWER, {"role": "user", "content": content}, *rest])
+    assert render(tokenizer, [SYSTEM]) == "<|system|>Be brief.<|end|><|assistant|>"  # no user's turn
+
+
+def test_training_rows_have_the_placeholder_s_run_too(pair: Pair) -> None:
+    tokenizer = with_thought_tokens(pair.tokenizer, config(), "placeholder", "<<", ">>")
+    prompt = render(tokenizer, [ASKED])
+    assert prompt == "<|user|>Hint: <<" + "<thought>" * N + ">>; how many legs?<|end|><|assistant|>"
+    assert render(tokenizer, [ASKED, ANSWER], add_generation_prompt=False) == prompt + "Seven.<|end|>"
+    continued = render(tokenizer, [ASKED, ANSWER], add_generation_prompt=False, continue_final_message=True)
+    assert continued == prompt + "Seven."
+
+
+def test_the_model_generates_the_oracle_s_tokens_between_texts(pair: Pair) -> None:
+    model = pair.model(thought_token="<thought>", placement="thought_token")
+    tokenizer = with_thought_tokens(pair.tokenizer, model.peft_config["default"], "placeholder", "\n[", "]\n")
+    oracle, thought = Oracle.of(model, pair.base, pair.assistant, N), tokenizer.convert_tokens_to_ids("<thought>")
+    ids = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True, return_dict=False)
+    start = ids.index(thought)
+    assert tokenizer.decode(ids[:start]).endswith("Hint: \n[")
+    found = model.generate(torch.tensor([ids]), max_new_tokens=NEW)[0].tolist()
+    assert found == ids + oracle.generate(ids[:start], NEW, after=ids[start + N :])
+
+
 def test_every_template_of_a_dict_gets_the_run(pair: Pair) -> None:
     templates = {"default": pair.tokenizer.chat_template, "chatml": CHATML}
     original = with_template(pair.tokenizer, templates)
@@ -280,7 +395,7 @@ def test_chats_of_different_lengths_go_into_one_batch(pair: Pair, where: Where) 
 
 
 def test_another_place_is_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match=r"`where` must be 'user_turn' or 'generation_prompt', got 'system'"):
+    with pytest.raises(ValueError, match=r"`where` must be 'user_turn', .* or 'placeholder', got 'system'"):
         with_thought_tokens(pair.tokenizer, config(), "system")  # type: ignore[arg-type]
 
 
@@ -299,3 +414,54 @@ def test_a_token_that_is_not_read_back_is_refused(pair: Pair, token: str) -> Non
     with pytest.raises(ValueError, match=r"`thought_token` must be one token of the tokenizer.*special token") as info:
         with_thought_tokens(pair.tokenizer, config(thought_token=token))
     assert repr(token) in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"before": None}, TypeError, "`before` must be a string, got NoneType"),
+        ({"after": ["]"]}, TypeError, "`after` must be a string, got list"),
+        ({"where": "placeholder", "placeholder": 3}, TypeError, "`placeholder` must be a string, got int"),
+        ({"before": "<thought>"}, ValueError, r"`before` must not contain the thought token '<thought>', got '<thou"),
+        ({"after": "a<thought>\n"}, ValueError, r"`after` must not contain the thought token '<thought>', got 'a<t"),
+        ({"where": "placeholder", "placeholder": "<thought>"}, ValueError, "`placeholder` must not contain the thou"),
+        ({"where": "placeholder", "placeholder": ""}, ValueError, "`placeholder` must be a text .* got ''"),
+        ({"placeholder": "HERE"}, ValueError, "`placeholder` must be left out with `where='user_turn'`, got 'HERE'"),
+        ({"before": "\ud800"}, ValueError, r"`before` must be text that UTF-8 can encode, got '\\ud800'"),
+    ],
+)
+def test_texts_that_cannot_be_meant_are_refused(
+    pair: Pair, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        with_thought_tokens(pair.tokenizer, config(), **options)
+
+
+def letters(*, special: bool) -> PreTrainedTokenizerBase:
+    """A tokenizer that has "cc" as a token, which is special or the result of a merge."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "cc": 3, "bcc": 4}, [("c", "c"), ("b", "cc")]))
+    if special:
+        tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
+        tokenizer.add_special_tokens(["cc"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=PARTS)
+
+
+@pytest.mark.parametrize(
+    ("special", "options"),
+    [
+        (True, {"before": "c", "after": "c"}),  # one more
+        (False, {"before": "b"}),  # merged with the first
+    ],
+)
+def test_neighbours_that_change_the_run_are_refused(special: bool, options: dict[str, str]) -> None:
+    tokenizer = letters(special=special)
+    with_thought_tokens(tokenizer, config(thought_token="cc"))
+    with pytest.raises(ValueError, match=r"`before` and `after` must leave the run as it is, but \d of 'cc' are not"):
+        with_thought_tokens(tokenizer, config(thought_token="cc"), **options)
+
+
+def test_the_default_placeholder_is_no_obstacle_where_it_is_not_used(pair: Pair) -> None:
+    original = copy.deepcopy(pair.tokenizer)
+    original.add_tokens(["{thoughts}"], special_tokens=True)
+    tokenizer = with_thought_tokens(original, config(thought_token="{thoughts}"))
+    assert render(tokenizer, [USER]) == "<|user|>How many legs?" + "{thoughts}" * N + "<|end|><|assistant|>"
