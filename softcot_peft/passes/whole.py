@@ -14,6 +14,7 @@ from ..rows.checks import check_arguments
 from ..rows.columns import first_of_each
 from ..rows.facts import IGNORED
 from ..rows.placement import Placement
+from .auxiliary import add_auxiliary
 from .cache_record import check_room, remember
 from .interface import InsertingPass
 
@@ -30,7 +31,10 @@ class WholeRows(InsertingPass):
     labelled: bool = False  # whether the caller requests a loss
     rows: int  # number of the caller's rows
     chains: tuple[int, ...] = (0,)  # the chains to run; the logits are those of the first one
-    share: Tensor | None = None  # of this batch in the labels of a step that accumulates gradients; `None`: all
+    predicted: Tensor  # which tokens predict a label, `(B, L - 1)` bool
+    num_items: Tensor | int | None = (
+        None  # number of labels of a step that accumulates gradients; `None`: this batch's
+    )
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Run the source on the prompts and insert the thoughts."""
@@ -61,8 +65,9 @@ class WholeRows(InsertingPass):
         if placement.has_early_labels:
             drop_early_labels(inputs, placement)
             self.host.warn_once(_EARLY_LABELS)
-        if self.labelled and inputs.get("num_items_in_batch") is not None:
-            self.share = (inputs["labels"][:, 1:] != IGNORED).sum() / inputs["num_items_in_batch"]
+        if self.labelled:
+            self.predicted = inputs["labels"][:, 1:] != IGNORED
+            self.num_items = inputs.get("num_items_in_batch")
         return placement, own
 
     def _choose_chains(self, requested: Any, inputs: dict[str, Any]) -> tuple[int, ...]:
@@ -96,25 +101,18 @@ class WholeRows(InsertingPass):
         return self.add_auxiliary_loss(self.keep_first_chain(super().finish(output)))
 
     def keep_first_chain(self, output: Any) -> Any:
-        """Keep the rows of the first chain. The loss is the mean over all."""
+        """Keep the rows of the first chain. Loss and log-probabilities are the mean over all."""
         if len(self.chains) == 1:
             return output
         return first_of_each(output, self.rows, len(self.chains))
 
     def add_auxiliary_loss(self, output: Any) -> Any:
-        """Add the source's auxiliary loss to the loss of a training step."""
+        """Add the source's auxiliary loss to a training step."""
         thoughts = self.thoughts if self.writing is None else self.writing.thoughts
         if thoughts is None or not (self.labelled and self.host.model.training and torch.is_grad_enabled()):
             return output
         extra = self.source.auxiliary_loss(thoughts)
-        if extra is None:
-            return output
-        if self.share is not None:
-            extra = extra * self.share.to(extra)
-        if isinstance(output, tuple):
-            return (output[0] + extra.to(output[0]), *output[1:])
-        output["loss"] = output["loss"] + extra.to(output["loss"])
-        return output
+        return output if extra is None else add_auxiliary(output, extra, self.predicted, self.num_items)
 
 
 def _warn_unread(inputs: dict[str, Any], placement: Placement) -> None:

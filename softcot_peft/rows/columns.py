@@ -160,7 +160,11 @@ def repeat_rows(output: _T, source: Tensor, num: int) -> _T:
 
 
 def first_of_each(output: _T, rows: int, repeats: int) -> _T:
-    """Keep the first of the `repeats` adjacent copies of each of `rows` rows in all tensors of an output."""
+    """Reduce the `repeats` adjacent copies of each of `rows` rows in all tensors of an output.
+
+    Numbers by token, `(B, L)`, such as log-probabilities, become their means, as a loss is; of everything else, the
+    first copy is kept.
+    """
     total = rows * repeats
 
     def change(tensor: Tensor, name: str) -> Tensor:
@@ -168,6 +172,8 @@ def first_of_each(output: _T, rows: int, repeats: int) -> _T:
             return tensor[:, ::repeats]  # several residual streams (S, B, L, H)
         if tensor.dim() < 2 or tensor.shape[0] % total:
             return tensor
+        if tensor.dim() == 2 and tensor.is_floating_point() and len(tensor) == total:
+            return tensor.unflatten(0, (rows, repeats)).mean(1)
         return tensor.unflatten(0, (total, -1))[::repeats].flatten(0, 1)  # rows, or tokens of rows (router logits)
 
     return _map_tensors(output, change)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from batches import IGNORED, responses_of
-from helpers import assistant_passes, in_training
+from batches import IGNORED, collate, gradients, labelled, responses_of
+from helpers import assistant_passes, in_training, source_of
 from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
@@ -279,3 +279,43 @@ def test_grpo_trains(habit: str, pair: Pair, tmp_path: Path) -> None:
     run = preferences(trl.GRPOTrainer, trl.GRPOConfig, model, pair, tmp_path, **options)
     run.train()
     assert run.state.global_step == 1
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_chains_are_trained_by_their_mean_loss(checkpointing: bool, pair: Pair, tmp_path: Path) -> None:
+    """The first loss is the mean of the chains' oracles, and the embeddings of all chains move."""
+    config = pair.config(num_chains=3, contrastive_weight=0.0)
+    run = sft(pair, tmp_path, config, plain_data(), gradient_checkpointing=checkpointing)
+    source, rows = source_of(run.model), plain_rows(pair)
+    start, expected = source.chains.weight.detach().clone(), []
+    for vector in start:
+        oracle = Oracle.of(run.model, pair.base, pair.assistant, N)
+        oracle.vector = vector
+        expected.append(oracle_loss(oracle, rows))
+    run.train()
+    assert losses(run)[0] == pytest.approx(sum(expected) / 3, abs=1e-4)
+    assert (source.chains.weight - start).abs().amax(1).min() > 1e-3
+    evaluated = run.evaluate()["eval_loss"]
+    oracles = [Oracle.of(run.model, pair.base, pair.assistant, N) for _ in start]
+    for oracle, vector in zip(oracles, source.chains.weight.detach(), strict=True):
+        oracle.vector = vector
+    assert evaluated == pytest.approx(sum(oracle_loss(oracle, rows) for oracle in oracles) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_contrastive_term_reaches_its_gradients(
+    checkpointing: bool, weight: float, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL computes its loss from log-probabilities, with the gradients of the loss that the base returns."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda values, *args: values)
+    config = pair.config(num_chains=3, contrastive_weight=weight)
+    changes = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9}
+    run = sft(pair, tmp_path, config, plain_data(), gradient_checkpointing=checkpointing, **changes)
+    chains = source_of(run.model).chains.weight
+    rows = [(before, response) for before, _, response in plain_rows(pair)]
+    _, gradients_of = gradients(run.model.train(), collate(labelled(*zip(*rows, strict=True))))
+    (expected,) = (gradient for gradient in gradients_of if gradient.shape == chains.shape)
+    before = chains.detach().clone()
+    run.train()
+    torch.testing.assert_close(before - chains.detach(), expected, atol=1e-5, rtol=1e-3)
