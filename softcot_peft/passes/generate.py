@@ -22,7 +22,7 @@ from ..sources import ThoughtSource
 from .cache_record import check_room, forget
 from .generation import GENERATION, Generation, distinct_rows, running_generation
 from .host import Host
-from .options import check_options, infer_mask, max_new
+from .options import check_chunks, check_options, infer_mask, max_new
 from .shared_prompt import shares_prompts
 
 
@@ -75,6 +75,7 @@ def _start(host: Host, inputs: dict[str, Any], source: ThoughtSource, own: dict[
     read = functools.partial(host.read, ids if ids is None else ids[first], distinct, source, own)
     if placement.padded and (mask[:, -1] == 0).any():
         placement = _align(inputs, placement, mask)
+    check_chunks(inputs, model, placement)
     generation = Generation(model, placement, read, mask.shape[1], first, prompt)
     if not shares_prompts(host, source, placement, own):
         _ = generation.states  # before anything of the base runs

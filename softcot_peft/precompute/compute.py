@@ -35,7 +35,8 @@ class ComputeThoughts:
         self._fingerprint = fingerprint(source, num_thoughts or source.config.num_thought_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _InOtherProcess, (to_json(self._fingerprint), self._num, self._source.thought_token_id)
+        places = self._source.thought_token_id, self._source.config.response_marker
+        return _InOtherProcess, (to_json(self._fingerprint), self._num, *places)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the states of a batch of rows.
@@ -43,7 +44,7 @@ class ComputeThoughts:
         Args:
             batch: Columns of a tokenized data set: `input_ids`, else `prompt_ids`, and optionally `attention_mask`.
                 With `labels`, or TRL's `completion_mask` or `assistant_masks`, a prompt ends before the first
-                supervised token, otherwise at the end of the row.
+                supervised token, otherwise at the end of the row; with `response_marker`, before the marker.
 
         Returns:
             The columns `assistant_hidden_states`, `N x H_assistant` numbers per row in the assistant's dtype (bfloat16
