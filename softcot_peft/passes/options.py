@@ -69,9 +69,9 @@ def check_options(inputs: dict[str, Any], model: PreTrainedModel) -> None:
 
 
 def check_chunks(inputs: dict[str, Any], model: PreTrainedModel, placement: Placement) -> None:
-    """Reject a chunked prefill whose last chunk, into which thoughts are inserted, begins after a row's thoughts."""
+    """Reject a chunked prefill whose last chunk does not begin before every row's thoughts, which it inserts."""
     size, length = _option("prefill_chunk_size", inputs, model), tokens(inputs).shape[1]
-    if size and placement.inserted and (length - 1) // size * size > placement.earliest:
+    if size and placement.inserted and (length - 1) // size * size >= placement.earliest:
         raise ValueError(
             f"`prefill_chunk_size` must leave the thoughts in the last chunk, got {size} for prompts of {length} "
             f"tokens with a `response_marker` in column {placement.earliest}. Leave it out, or choose a larger one."
