@@ -35,8 +35,9 @@ class ComputeThoughts:
         self._fingerprint = fingerprint(source, num_thoughts or source.config.num_thought_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        places = self._source.thought_token_id, self._source.config.response_marker
-        return _InOtherProcess, (to_json(self._fingerprint), self._num, *places)
+        marker = self._source.config.response_marker
+        state = to_json(self._fingerprint), self._num, self._source.thought_token_id
+        return _InOtherProcess, state if marker is None else (*state, marker)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the states of a batch of rows.
