@@ -33,6 +33,10 @@ class SoftCoTConfig(PeftConfig):
         placement: `"prompt_end"`: thoughts are placed at the end of the prompt, unless the prompt contains a run of
             `thought_token`. `"thought_token"`: for adapters trained with the run in the prompt; prompts without a run
             are rejected.
+        response_marker: Literal text that introduces the response in every prompt and training text, such as
+            `"Answer:"`. Thoughts are placed before its last occurrence, and labels before them are ignored, so that
+            whole texts can be labelled. It is searched before the first label; if it is not there, in the whole row.
+            A run of `thought_token` takes precedence. `None`: no marker.
         assistant_prompt: Template of what the assistant reads, with `{prompt}` and optionally `{num_thought_tokens}`.
             It is rendered with the assistant's chat template if there is one. `None`: the prompt only.
         assistant_prefix: What the assistant's own turn begins with, before the thought positions; may contain
@@ -97,6 +101,9 @@ class SoftCoTConfig(PeftConfig):
     )
     placement: Literal["prompt_end", "thought_token"] = field(
         default="prompt_end", metadata={"help": "Where thoughts are placed: 'prompt_end' or 'thought_token'."}
+    )
+    response_marker: str | None = field(
+        default=None, metadata={"help": "Text before whose last occurrence in a row thoughts are placed."}
     )
     assistant_prompt: str | None = field(
         default=None, metadata={"help": "Template of what the assistant reads, with {prompt}."}

@@ -12,6 +12,7 @@ _STRING_FIELDS = (
     "assistant_model_name_or_path",
     "assistant_revision",
     "thought_token",
+    "response_marker",
     "assistant_prompt",
     "assistant_prefix",
     "assistant_thought_token",
@@ -98,6 +99,16 @@ def check_values(config: Any) -> None:
         raise ValueError(
             "`placement='thought_token'` needs `thought_token`, got None. Name the token of the base's vocabulary "
             "that marks thought positions, or use `placement='prompt_end'`."
+        )
+    if config.response_marker == "":
+        raise ValueError(
+            "`response_marker` must be a text that introduces the response, such as 'Answer:', got ''. Set it to None "
+            "for thoughts at the end of the prompt."
+        )
+    if config.response_marker is not None and config.placement == "thought_token":
+        raise ValueError(
+            f"`response_marker={config.response_marker!r}` contradicts `placement='thought_token'`, which requires a "
+            "run of `thought_token` in every prompt. Leave one of the two out."
         )
     if config.assistant_prompt is not None and "{prompt}" not in config.assistant_prompt:
         raise ValueError(

@@ -30,6 +30,7 @@ from softcot_peft.sources import find_assistant as _finding
 from softcot_peft.sources import tokenizers as _tokenizers
 from softcot_peft.sources.find_assistant import find_assistant
 from softcot_peft.sources.frozen_lm import FrozenLM as Assistant
+from softcot_peft.sources.marker import find_marker
 from softcot_peft.sources.prompt_reader import PromptReader
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [  # private names that tests use under these names
     "evaluating",
     "find_assistant",
     "find_cache",
+    "find_marker",
     "head_loss",
     "insert",
     "insert_positions",

@@ -81,13 +81,15 @@ def _starts(record: Record, inputs: dict[str, Any], cache: Any) -> Tensor:
             f"`attention_mask` must be the padding mask of all tokens so far, (batch, {record.length} and more), got "
             f"{found}. After `{CACHE_NAME}`, pass the prompts' mask, followed by a 1 for every token since."
         )
-    if by_row and placement.max_span > 0:
+    tail = placement.tail
+    if by_row and tail is None:
         raise ValueError(
-            f"`{CACHE_NAME}` must come from prompts without labels, but was filled with labels that start in another "
-            "column in every row, and caches do not know their rows. Leave out `labels`, or run the rows one by one."
+            f"`{CACHE_NAME}` must come from prompts without labels, or from rows with the same number of tokens after "
+            "the thoughts, but that number differs by row, and caches do not know their rows. Leave out `labels`, or "
+            "run the rows one by one."
         )
-    if by_row and mask is not None:  # after the last attended token of the prompt
-        return record.length - trailing(mask[:, : record.length])
+    if by_row and tail is not None and mask is not None:  # the same number of columns before the end of every row
+        return record.length - trailing(mask[:, : record.length]) - tail
     return torch.full((len(reference),), placement.latest, device=reference.device)
 
 

@@ -23,7 +23,7 @@ from ..sources import ThoughtSource
 from .cache_record import check_room, forget
 from .generation import GENERATION, Generation, distinct_rows, running_generation
 from .host import Host
-from .options import check_options, infer_mask, max_new
+from .options import check_chunks, check_options, infer_mask, max_new
 from .shared_prompt import shares_prompts
 
 
@@ -88,6 +88,7 @@ def _start(
     read = functools.partial(host.read, ids if ids is None else ids[first], distinct, source, own, chains=chains)
     if placement.padded and (mask[:, -1] == 0).any():
         placement = _align(inputs, placement, mask)
+    check_chunks(inputs, model, placement)
     if len(chains) > 1:
         repeat_for_chains(inputs, len(mask), len(chains))
         placement = placement.expand(len(mask) * len(chains))

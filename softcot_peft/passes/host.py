@@ -19,10 +19,11 @@ from ..compat.releases import attached_configs
 from ..config import SoftCoTConfig
 from ..embedding import SoftCoTLayer
 from ..rows.arguments import tokens, unshift
-from ..rows.locate import locate
+from ..rows.locate import check_ids, has_run, locate
 from ..rows.placement import Placement, prompts
 from ..running import reading
 from ..sources import Prompts, ThoughtSource
+from ..sources.marker import find_starts
 
 
 class Host:
@@ -74,7 +75,25 @@ class Host:
             run_required=config.placement == "thought_token",
             vocabulary=self.layer.vocabulary,
             shared_vocabulary=source.id_limit,
+            starts=self._find_starts(inputs.get("input_ids"), mask, labels, source),
         )
+
+    def _find_starts(
+        self, input_ids: Tensor | None, mask: Tensor | None, labels: Tensor | None, source: ThoughtSource
+    ) -> Tensor | None:
+        """Return where thoughts begin by `response_marker`, `(B,)`; `None`: a run, or labels and mask, decide."""
+        marker = source.config.response_marker
+        if marker is None:
+            return None
+        if input_ids is None:
+            raise ValueError(
+                f"`input_ids` must be given, since `response_marker={marker!r}` is searched in their text, got "
+                "`inputs_embeds` alone. Pass the ids as well, or set `response_marker=None`."
+            )
+        if has_run(input_ids, mask, labels, source.thought_token_id):
+            return None
+        check_ids(input_ids, self.layer.vocabulary)
+        return find_starts(source, marker, input_ids, mask, labels)
 
     def read(
         self,

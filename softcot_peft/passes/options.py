@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..compat.caches import CACHE_NAME, cache_length, find_cache
 from ..compat.models import checkpoints
 from ..rows.arguments import tokens
+from ..rows.placement import Placement
 
 # Default number of new tokens in `generate` (transformers 5.23).
 _DEFAULT_MAX_NEW_TOKENS = 20
@@ -65,6 +66,16 @@ def check_options(inputs: dict[str, Any], model: PreTrainedModel) -> None:
                 f"`{name}` must not be {value!r}: it runs the base in a way that cannot carry thoughts. Leave it "
                 "out, or disable the adapter."
             )
+
+
+def check_chunks(inputs: dict[str, Any], model: PreTrainedModel, placement: Placement) -> None:
+    """Reject a chunked prefill whose last chunk does not begin before every row's thoughts, which it inserts."""
+    size, length = _option("prefill_chunk_size", inputs, model), tokens(inputs).shape[1]
+    if size and placement.inserted and (length - 1) // size * size >= placement.earliest:
+        raise ValueError(
+            f"`prefill_chunk_size` must leave the thoughts in the last chunk, got {size} for prompts of {length} "
+            f"tokens with a `response_marker` in column {placement.earliest}. Leave it out, or choose a larger one."
+        )
 
 
 def infer_mask(inputs: dict[str, Any], model: PreTrainedModel) -> Tensor:

@@ -64,7 +64,8 @@ class WholeRows(InsertingPass):
         _warn_unread(inputs, placement)
         if placement.has_early_labels:
             drop_early_labels(inputs, placement)
-            self.host.warn_once(_EARLY_LABELS)
+            if not placement.inserted:  # with `response_marker`, they are ignored on purpose
+                self.host.warn_once(_EARLY_LABELS)
         if self.labelled:
             self.predicted = inputs["labels"][:, 1:] != IGNORED
             self.num_items = inputs.get("num_items_in_batch")
@@ -81,7 +82,7 @@ class WholeRows(InsertingPass):
             raise ValueError(
                 f"`chains` must name one chain in a pass without `labels`, whose logits are that chain's, got {chains}"
                 f"{'' if requested else ', the default in training'}. Pass `chains=0`, or `labels` to train all; "
-                "trainers that compute their loss from logits (DPO, GRPO) cannot train several."
+                "trainers that compute their loss from logits cannot train several."
             )
         if inputs.get("use_cache") or find_cache(inputs) is not None:
             raise ValueError(
@@ -119,11 +120,12 @@ def _warn_unread(inputs: dict[str, Any], placement: Placement) -> None:
     """Warn if only the last column of the logits depends on the thoughts."""
     labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
     keep = inputs.get("logits_to_keep")  # a number or a tensor of columns
-    if placement.inserted and not labelled and not (isinstance(keep, int) and keep == 1):
+    at_end = placement.inserted and placement.max_span == 0
+    if at_end and not labelled and not (isinstance(keep, int) and keep == 1):
         warnings.warn(
             "Without `labels`, thoughts stand after the last token of each row, and all logits before it "
             "are the plain base's. If a response is among the tokens (a loss or log-likelihoods computed outside "
-            "of the model, label smoothing), write a run of `thought_token` before it. If only the next token is "
-            "wanted, pass `logits_to_keep=1`.",
+            "of the model, label smoothing), write a run of `thought_token` before it, or set `response_marker`. If "
+            "only the next token is wanted, pass `logits_to_keep=1`.",
             stacklevel=2,
         )

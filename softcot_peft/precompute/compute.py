@@ -36,7 +36,9 @@ class ComputeThoughts:
         self._fingerprint = fingerprint(source, num_thoughts or source.config.num_thought_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _InOtherProcess, (to_json(self._fingerprint), self._num, self._source.thought_token_id)
+        marker = self._source.config.response_marker
+        state = to_json(self._fingerprint), self._num, self._source.thought_token_id
+        return _InOtherProcess, state if marker is None else (*state, marker)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the states of a batch of rows.
@@ -44,9 +46,9 @@ class ComputeThoughts:
         Args:
             batch: Columns of a tokenized data set: `input_ids`, else `prompt_ids`, and optionally `attention_mask`.
                 With `labels`, or TRL's `completion_mask` or `assistant_masks`, a prompt ends before the first
-                supervised token, otherwise at the end of the row. With `assistant_input_ids`, rows that end in N
-                thought positions, and optionally `assistant_attention_mask`, the assistant reads these instead of the
-                prompts, and the states are still stored for the base's prompts.
+                supervised token, otherwise at the end of the row; with `response_marker`, before the marker. With
+                `assistant_input_ids`, rows that end in N thought positions, and optionally `assistant_attention_mask`,
+                the assistant reads these instead of the prompts, and the states are still stored for the base's.
 
         Returns:
             The columns `assistant_hidden_states`, `N x H_assistant` numbers per row in the assistant's dtype (bfloat16

@@ -104,12 +104,23 @@ def repeat_for_chains(inputs: dict[str, Any], rows: int, chains: int) -> None:
 
 
 def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:
-    """Exclude labels before the thoughts from the loss, because those tokens are predicted without thoughts."""
+    """Exclude labels before the thoughts from the loss, because those tokens are predicted without thoughts.
+
+    `Trainer` divides the loss by its own count of labels, in which they are. The divisor is reduced by their share of
+    this batch; it counts all batches of an accumulated step.
+    """
+    share: Tensor | None = None
     for name, first in (("labels", 0), ("shift_labels", 1)):  # the last thought predicts the first label
-        if isinstance(inputs.get(name), Tensor):
-            columns = torch.arange(first, inputs[name].shape[1] + first, device=inputs[name].device)
+        labels = inputs.get(name)
+        if isinstance(labels, Tensor):
+            columns = torch.arange(first, labels.shape[1] + first, device=labels.device)
             early = columns < placement.start.to(columns.device)[:, None]
-            inputs[name] = inputs[name].masked_fill(early, IGNORED)
+            inputs[name] = labels.masked_fill(early, IGNORED)
+            kept, counted = ((each[:, 1 - first :] != IGNORED).sum().clamp(min=1) for each in (inputs[name], labels))
+            share = kept / counted
+    number = inputs.get("num_items_in_batch")
+    if number is not None and share is not None:
+        inputs["num_items_in_batch"] = number * (share.to(number.device) if isinstance(number, Tensor) else share)
 
 
 def shift_positions(inputs: dict[str, Any], placement: Placement, cache: Any, takes_positions: bool) -> None:

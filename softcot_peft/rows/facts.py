@@ -20,10 +20,12 @@ class Facts:
     run_start: Tensor  # (B,) column of the first one; L if there is none
     run_end: Tensor  # (B,) column after the last one; 0 if there is none
     last_label: Tensor  # (B,) column of the last label; -1 if there is none
-    label_runs: Tensor  # (B, L) bool: first column of each run of labels
+    label_runs: Tensor  # (B, L) bool: first column of each run of labels after the thoughts
     uses_run: Tensor  # () bool: whether any row has a thought token
     start: Tensor  # (B,) column of the first thought
     end: Tensor  # (B,) column after the last attended or labelled token
+    attended_end: Tensor  # (B,) column after the last attended token
+    marked: bool  # whether `start` was found by a marker, if no row has a thought token
 
     @property
     def before(self) -> Tensor:
@@ -37,12 +39,17 @@ class Facts:
 
 
 def read_facts(
-    input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, thought_token_id: int | None
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    thought_token_id: int | None,
+    starts: Tensor | None = None,
 ) -> Facts:
     """Compute the facts from ids, mask and labels, each `(B, L)` or `None`.
 
     A run of unlabelled thought tokens marks the thought positions; a labelled thought token is text. Without a run,
-    thoughts are placed before the first label, or after the last attended token in rows without labels.
+    thoughts are placed at `starts`, `(B,)`; if it is `None`, before the first label, or after the last attended token
+    in rows without labels.
     """
     reference = next(tensor for tensor in (input_ids, attention_mask, labels) if tensor is not None)
     length = reference.shape[1]
@@ -61,7 +68,10 @@ def read_facts(
         is_thought = (input_ids == thought_token_id) & attended & ~labelled
     counts = is_thought.sum(1)
     uses_run, run_start = counts.amax() > 0, first(is_thought)
-    prompt_end = torch.where(labelled.any(1), first(labelled), last(attended) + 1)
+    attended_end = last(attended) + 1
+    prompt_end = torch.where(labelled.any(1), first(labelled), attended_end) if starts is None else starts
+    start = torch.where(uses_run, run_start, prompt_end)
+    counted = labelled & (columns >= start[:, None])
     return Facts(
         attended=attended,
         labelled=labelled,
@@ -69,8 +79,10 @@ def read_facts(
         run_start=run_start,
         run_end=last(is_thought) + 1,
         last_label=last(labelled),
-        label_runs=labelled & ~nn.functional.pad(labelled, (1, -1)),
+        label_runs=counted & ~nn.functional.pad(counted, (1, -1)),
         uses_run=uses_run,
-        start=torch.where(uses_run, run_start, prompt_end),
+        start=start,
         end=last(attended | labelled) + 1,
+        attended_end=attended_end,
+        marked=starts is not None,
     )

@@ -19,12 +19,13 @@ def locate(
     run_required: bool = False,
     vocabulary: int | None = None,
     shared_vocabulary: int | None = None,
+    starts: Tensor | None = None,
 ) -> Placement:
     """Locate the thought positions of every row.
 
-    A run of unlabelled thought tokens marks them, and its length is N. Otherwise, thoughts are placed before the first
-    label other than -100, or after the last attended token in rows without labels. Labelled thought tokens are text.
-    The results of all checks are copied from the device at once.
+    A run of unlabelled thought tokens marks them, and its length is N. Otherwise, thoughts are placed at `starts`, if
+    given, else before the first label other than -100, or after the last attended token in rows without labels.
+    Labelled thought tokens are text. The results of all checks are copied from the device at once.
 
         >>> locate(torch.tensor([[5, 6, 7]]), None, torch.tensor([[-100, -100, 7]]), num_thoughts=4).start
         tensor([2])
@@ -38,17 +39,20 @@ def locate(
         run_required: Whether to reject prompts without a run.
         vocabulary: Number of ids the base has embeddings for; `None`: not checked.
         shared_vocabulary: The same for an assistant that reads the base's ids; `None`: not checked.
+        starts: Column of the first thought of each row without a run, `(B,)`, found by a marker in the text; `None`:
+            labels and mask decide.
 
     Returns:
         The placement, in the caller's columns.
 
     Raises:
-        ValueError: The rows have different numbers of thought tokens; a run is interrupted or follows all labels; the
-            labels of a row form several runs under automatic placement; a row has no prompt; an id is outside of the
-            vocabulary; the mask is not a padding mask; or a required run is missing.
+        ValueError: The rows have different numbers of thought tokens; a run is interrupted; thoughts follow all
+            labels; the labels of a row form several runs under automatic placement; a row has no prompt; an id is
+            outside of the vocabulary; the mask is not a padding mask; or a required run is missing.
     """
-    facts = read_facts(input_ids, attention_mask, labels, thought_token_id)
+    facts = read_facts(input_ids, attention_mask, labels, thought_token_id, starts)
     checks = _checks(facts, input_ids, attention_mask, vocabulary, shared_vocabulary)
+    after = facts.attended_end - facts.start
     values = [
         *checks.values(),
         facts.counts.amax(),
@@ -57,8 +61,12 @@ def locate(
         facts.start.amin(),
         (facts.end - facts.start).amax(),
         (facts.labelled & facts.before).any(),
+        after.amin(),
+        after.amax(),
     ]
-    *failed, num_run, padded, latest, earliest, max_span, early = torch.stack([v.long() for v in values]).tolist()
+    *failed, num_run, padded, latest, earliest, max_span, early, least, most = torch.stack(
+        [v.long() for v in values]
+    ).tolist()
     for name, fails in zip(checks, failed, strict=True):
         if not fails:
             continue
@@ -70,9 +78,25 @@ def locate(
     if run_required and not num_run:
         raise ValueError(explain_missing_run(facts, input_ids, thought_token_id, labels is not None))
     num = num_run or num_thoughts
+    tail = most if least == most else None
     return Placement(
-        facts.start, num, not num_run, attention_mask, bool(padded), latest, earliest, max_span, bool(early)
+        facts.start, num, not num_run, attention_mask, bool(padded), latest, earliest, max_span, bool(early), tail
     )
+
+
+def has_run(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, thought_token_id: int | None
+) -> bool:
+    """Return whether any row has a thought token that marks thought positions; `(B, L)` each."""
+    if thought_token_id is None:
+        return False
+    return bool(read_facts(input_ids, attention_mask, labels, thought_token_id).uses_run)
+
+
+def check_ids(input_ids: Tensor, vocabulary: int | None) -> None:
+    """Reject ids `(B, L)` without an embedding in the base."""
+    if vocabulary is not None and ((input_ids < 0) | (input_ids >= vocabulary)).any():
+        raise ValueError(explain_ids("vocabulary", input_ids, vocabulary, None))
 
 
 def _checks(
@@ -89,7 +113,7 @@ def _checks(
         "mask": passed,
         "counts": (facts.counts != facts.counts[0]).any(),
         "broken": facts.uses_run & (facts.run_end - facts.run_start != facts.counts).any(),
-        "late": facts.uses_run & (has_labels & (facts.last_label < facts.run_end)).any(),
+        "late": (has_labels & (facts.last_label < torch.where(facts.uses_run, facts.run_end, facts.start))).any(),
         "turns": ~facts.uses_run & (facts.label_runs.sum(1) > 1).any(),
         "promptless": ~facts.prompt.any(1).all(),
         "vocabulary": passed,

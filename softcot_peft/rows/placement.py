@@ -25,6 +25,8 @@ class Placement:
     earliest: int  # smallest `start`, on the host
     max_span: int = 0  # largest distance from `start` to the end of the last attended or labelled token, on the host
     has_early_labels: bool = False  # whether there are labels before the thoughts, which the loss must ignore
+    # Number of columns from `start` to the end of the last attended token, on the host; `None` if it differs by row.
+    tail: int | None = None
 
     @property
     def column(self) -> int | None:

@@ -34,6 +34,13 @@ def _broken(facts: Facts) -> str:
 
 
 def _late(facts: Facts) -> str:
+    if facts.marked and not facts.uses_run:
+        row = _first((facts.last_label >= 0) & (facts.last_label < facts.start))
+        return (
+            f"Some label that is not {IGNORED} must stand after the last `response_marker`, but row {row} has its "
+            f"last one in column {int(facts.last_label[row])}, and its thoughts begin in column "
+            f"{int(facts.start[row])}. Label the response that the thoughts are for, or the whole text."
+        )
     row = _first((facts.last_label >= 0) & (facts.last_label < facts.run_end))
     return (
         f"Some label that is not {IGNORED} must stand after the thought tokens, but row {row} has its last one in "
@@ -55,9 +62,15 @@ def _turns(facts: Facts) -> str:
 
 def _promptless(facts: Facts) -> str:
     row = _first(~facts.prompt.any(1))
+    if facts.marked and not facts.uses_run:
+        return (
+            f"Every row needs a prompt before its thoughts, but row {row} begins with `response_marker`. Write the "
+            "prompt before it; if the row was truncated on the left, keep more of it."
+        )
     return (
         f"Every row needs a prompt before its thoughts, but row {row} has no attended token there. Set the labels of "
-        f"the prompt to {IGNORED}; if the whole text is labelled, train on prompt and completion instead."
+        f"the prompt to {IGNORED}; if the whole text is labelled, name the text before the response in "
+        "`SoftCoTConfig(response_marker=...)`, or train on prompt and completion instead."
     )
 
 

@@ -72,8 +72,8 @@ class ThoughtSource(nn.Module, ABC):
 
     @classmethod
     def _needs_tokenizer(cls, config: SoftCoTConfig) -> bool:
-        """Return whether the source needs the base's tokenizer, to look up `thought_token` or to decode prompts."""
-        return config.thought_token is not None
+        """Return whether the source needs the base's tokenizer, to look up `thought_token` or to decode rows."""
+        return config.thought_token is not None or config.response_marker is not None
 
     @abstractmethod
     def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:

@@ -59,8 +59,8 @@ def base_tokenizer(config: SoftCoTConfig, base_name: str | None) -> PreTrainedTo
     name = config.tokenizer_name_or_path or base_name or config.base_model_name_or_path
     remedy = (
         "Set it to the Hub id or folder of the base's tokenizer, or to the name of a loaded one, "
-        "`use_tokenizer(tokenizer, name=...)`; or, if the assistant reads the same ids and no `thought_token` is set, "
-        "`assistant_shares_tokenizer=True` needs none."
+        "`use_tokenizer(tokenizer, name=...)`; or, if the assistant reads the same ids and no `thought_token` and no "
+        "`response_marker` is set, `assistant_shares_tokenizer=True` needs none."
     )
     if not name:
         raise ValueError(f"`tokenizer_name_or_path` must be given, since the base has no `name_or_path`. {remedy}")

@@ -319,7 +319,15 @@ class Case:
     training: bool = False
     give_positions: bool = False
     keep: Any = 0
+    marker: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ends_alike(self) -> bool:
+        """Whether rows have as many columns from their thoughts to their ends, or thoughts in one column."""
+        ends = [max(column for column, attended in enumerate(row.mask) if attended) for row in self.rows]
+        tails = {end - row.start for end, row in zip(ends, self.rows, strict=True)}
+        return len(tails) == 1 or len({row.start for row in self.rows}) == 1
 
     def batch(self, labels: bool) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -339,6 +347,22 @@ def cells(tokens: SearchStrategy[int], least: int, most: int, holes: bool) -> Se
     return st.lists(st.tuples(tokens, mask), min_size=least, max_size=most)
 
 
+def marked_start(base_kind: str, ids: list[int], mask: list[int], labels: list[int], marker: str) -> int:
+    """Column of the token with the marker's first character: the last one before the first label, else of all."""
+    tokenizer = make_tokenizer(base_kind)
+    attended = [column for column, value in enumerate(mask) if value]
+    first = next((column for column, label in enumerate(labels) if label != -100), len(ids))
+
+    def text(columns: list[int]) -> str:
+        kept = [ids[column] for column in columns]
+        return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    columns = [column for column in attended if column < first]
+    columns = columns if marker in text(columns) else attended
+    before = text(columns)[: text(columns).rindex(marker)]
+    return columns[max(n for n in range(len(columns)) if before.startswith(text(columns[:n])))]
+
+
 @st.composite
 def cases(draw: DrawFn, base_kind: str, assistant_kind: str, labelled: bool) -> Case:
     """Rows of different lengths, each padded left, right or on both sides, the prompt's mask with or without holes."""
@@ -346,12 +370,15 @@ def cases(draw: DrawFn, base_kind: str, assistant_kind: str, labelled: bool) -> 
     thought, vocab = tokenizer.get_vocab()[THOUGHT_TOKENS[base_kind]], len(tokenizer)
     tokens = st.integers(0, vocab - 1).filter(lambda token: token != thought)
     run = draw(st.sampled_from([0, 0, 1, 2, 5]))
+    marker = None if run else draw(st.sampled_from([None, "?", "?,"]))
+    between = [(token, 1) for token in tokenizer.convert_tokens_to_ids(list(marker or ""))]
     holes, padding = draw(st.booleans()), draw(st.sampled_from(["left", "right", "mixed"]))
     drawn = []
     for _ in range(draw(st.integers(1, 3))):
         before = draw(cells(tokens, 0, 6, holes))
         before.insert(draw(st.integers(0, len(before))), (draw(tokens), 1))  # a prompt has a token
-        tail = draw(cells(tokens, 0, 3, holes)) if run else []
+        tail = draw(cells(tokens, 0, 3, holes and marker is None)) if run or marker else []
+        tail = between + tail
         response = draw(st.lists(tokens, min_size=1, max_size=5)) if labelled else []
         # Automatic placement takes one run of labels; a row may have none. Runs in the prompt take any.
         wanted = [True] * draw(st.integers(0, 5)) + [False] * 5
@@ -375,7 +402,11 @@ def cases(draw: DrawFn, base_kind: str, assistant_kind: str, labelled: bool) -> 
                 labels[column] = token
         if run and early and any(label != -100 for label in labels):  # an earlier answer, which is not trained on
             labels[left] = ids[left]
-        if not run and all(label == -100 for label in labels):
+        if marker and early and labelled:  # a whole text
+            labels[left : first + len(response)] = ids[left : first + len(response)]
+        if marker:
+            start = marked_start(base_kind, ids, mask, labels, marker)
+        elif not run and all(label == -100 for label in labels):
             start = max(column for column in range(length) if mask[column]) + 1
         rows.append(Row(ids, mask, labels, start, run))
     many, few = draw(st.integers(1, 6)), draw(st.none() | st.integers(1, 6))
@@ -386,6 +417,7 @@ def cases(draw: DrawFn, base_kind: str, assistant_kind: str, labelled: bool) -> 
         draw(st.sampled_from(DTYPES)),
         draw(st.booleans()),
         draw(st.booleans()),
+        marker=marker,
     )
     case.options["numbers"] = (many, few)
     if not labelled:
@@ -397,6 +429,7 @@ def cases(draw: DrawFn, base_kind: str, assistant_kind: str, labelled: bool) -> 
 def world_of(case: Case, base_kind: str, assistant_kind: str, folder: str) -> World:
     world = make_world(base_kind, assistant_kind, case.way, case.dtypes, folder)
     world.set_numbers(*case.options["numbers"])
+    world.model.peft_config["default"].response_marker = case.marker
     world.model.train(case.training)
     world.seen.clear()
     return world
@@ -474,14 +507,14 @@ def gradients(judge: Judge, losses: Tensor) -> Tensor:
 
 
 def check_no_leak(world: World, case: Case, batch: dict[str, Any], data: st.DataObject) -> None:
-    """Other tokens after the cut, and under the mask, change no thought."""
+    """Other tokens after the cut, and under the mask, change no thought; but they may hold the marker."""
     (thoughts,) = world.seen
     world.seen.clear()
     ids, vocab = batch["input_ids"].clone(), world.vocabulary
     shift = data.draw(st.integers(1, vocab - 2), label="shift")
     for index, row in enumerate(case.rows):
         for column, attended in enumerate(row.mask):
-            if column >= row.start + row.run or not attended:
+            if (column >= row.start + row.run and case.marker is None) or not attended:
                 other = int(ids[index, column] + shift) % vocab
                 if other == world.thought:
                     other = (other + 1) % vocab
@@ -551,6 +584,10 @@ def test_prompts_and_cached_responses_are_the_equations(world: World, case: Case
         row = st.lists(tokens, min_size=size, max_size=size)
         more = torch.tensor(data.draw(st.lists(row, min_size=len(mask), max_size=len(mask)), label="response"))
         mask, response = torch.cat([mask, torch.ones_like(more)], 1), torch.cat([response, more], 1)
+        if case.marker and not case.ends_alike:
+            with pytest.raises(ValueError, match="run the rows one by one"):
+                world.model(input_ids=more, attention_mask=mask, **{CACHE_NAME: past}, use_cache=True)
+            return
         output = world.model(input_ids=more, attention_mask=mask, **{CACHE_NAME: past}, use_cache=True)
         past = output[CACHE_NAME]
         assert output.logits.shape == (*more.shape, vocab)

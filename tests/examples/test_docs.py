@@ -80,6 +80,21 @@ def test_the_code_of_the_page_on_prompts_runs(pair: Pair, capsys: pytest.Capture
     assert names["model"].peft_config["default"].assistant_prefix == "In {num_thought_tokens} tokens:"
 
 
+@pytest.mark.usefixtures("nothing_given")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+@pytest.mark.parametrize("page", ["placement", "extensions"])
+def test_the_code_of_a_page_runs(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    """The blocks in their order, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/base").symlink_to(pair.base)
+    (tmp_path / "path/to/assistant").symlink_to(pair.assistant)
+    text, names = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), {"__name__": page}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, f"{page}.md", "exec"), names)
+
+
 def test_every_command_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     named = {

@@ -106,3 +106,23 @@ def test_chats_with_the_run_give_the_oracles_text_and_likelihoods(batch_size: in
             rows = oracle.logits(before, after + answer)[-len(answer) - 1 : -1].log_softmax(-1)
         assert score == pytest.approx(float(rows[range(len(answer)), answer].sum()), abs=1e-4)
         assert is_greedy == (rows.argmax(-1).tolist() == answer)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_likelihoods_of_responses_after_a_marker(batch_size: int, pair: Pair) -> None:
+    """The harness scores without labels and without a mask, and pads on the right."""
+    model = pair.model(response_marker="\nAnswer:")
+    oracle = Oracle.of(model, pair.base, pair.assistant, 4)
+    harness = HFLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=batch_size)
+    contexts = [f"Question: one?\nAnswer: 1\n\nQuestion: {prompt}\nAnswer:" for prompt in PROMPTS]
+    befores = pair.rows([context.removesuffix("\nAnswer:") for context in contexts])
+    (after,), answers = pair.rows(["\nAnswer:"]), [" Twelve.", " One hundred.", " Five", " Nine."]
+    scores = harness.loglikelihood(
+        [Instance("loglikelihood", {}, (contexts[row], answer), row) for row, answer in enumerate(answers)],
+        disable_tqdm=True,
+    )
+    for before, answer, (score, is_greedy) in zip(befores, pair.rows(answers), scores, strict=True):
+        with torch.no_grad():
+            rows = oracle.logits(before, after + answer)[-len(answer) - 1 : -1].log_softmax(-1)
+        assert score == pytest.approx(float(rows[range(len(answer)), answer].sum()), abs=1e-4)
+        assert is_greedy == (rows.argmax(-1).tolist() == answer)

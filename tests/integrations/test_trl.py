@@ -319,3 +319,21 @@ def test_the_contrastive_term_reaches_its_gradients(
     before = chains.detach().clone()
     run.train()
     torch.testing.assert_close(before - chains.detach(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_plain_text_is_trained_on_from_the_marker_on(pair: Pair, tmp_path: Path) -> None:
+    marker = "\nAnswer:"
+    texts = [question + marker + answer for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    config = pair.config(response_marker=marker)
+    run = sft(pair, tmp_path, config, datasets.Dataset.from_dict({"text": texts}))
+    responses = responses_of(pair, [marker + answer for answer in ANSWERS])
+    rows = [(before, list[int](), response) for before, response in zip(pair.rows(QUESTIONS), responses, strict=True)]
+    want = oracle_loss(Oracle.of(run.model, pair.base, pair.assistant, N), rows)
+    assert run.evaluate()["eval_loss"] == pytest.approx(want, abs=1e-5)
+    run.train()
+    # TRL divides by its own count of labels, which includes those that are ignored.
+    kept = sum(len(response) for _, _, response in rows)
+    counted = sum(len(before) - 1 for before, _, _ in rows) + kept
+    assert losses(run)[0] == pytest.approx(want * kept / counted, abs=1e-4)
+    want = oracle_loss(Oracle.of(run.model, pair.base, pair.assistant, N), rows)
+    assert run.evaluate()["eval_loss"] == pytest.approx(want, abs=1e-5)

@@ -26,6 +26,7 @@ NOT_DEFAULTS: dict[str, Any] = {
     "inference_num_thought_tokens": 3,
     "thought_token": "<thought>",
     "placement": "thought_token",
+    "response_marker": None,  # as `placement` wants it
     "assistant_prompt": "Think of {prompt} in {num_thought_tokens} steps: é, \n, {other}",
     "assistant_prefix": "A hint of {num_thought_tokens} tokens:",
     "assistant_prompt_between": ["Q: ", "\n"],
