@@ -51,11 +51,12 @@ class SoftCoT(Baseline):
         return get_peft_model(base, self.config).eval()
 
     def generate(self, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """Generate new ids `(B, M)` for left-padded prompts `(B, L)`, with the thoughts of one chain (SoftCoT++).
+        """Generate new ids `(B, M)` for left-padded prompts `(B, L)`.
 
         Args:
             ids: The prompts.
             mask: Their attention mask.
-            **settings: Options of `generate`; `chains` chooses the chain, by default the first.
+            **settings: Options of `generate`. With several chains (SoftCoT++), the first one answers by default; with
+                `chains=None`, all do, in adjacent rows.
         """
         return super().generate(ids, mask, **{"chains": 0, **settings})

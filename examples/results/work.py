@@ -36,7 +36,7 @@ CHAT = (
     "{% for turn in messages %}{{ turn['content'] }}{% endfor %}{% if add_generation_prompt %}" + MARK + "{% endif %}"
 )
 SAMPLES = 10
-VOTES_OF_CHAINS = 8  # sampled answers to a problem, from all chains together
+VOTES_OF_CHAINS = 8  # sampled answers to a problem, from all chains together; a multiple of every K
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,12 @@ def samples(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job
     for sample in range(SAMPLES):
         set_seed(SAMPLES * job.seed + sample)
         drawn.append(system.answer([item["prompt"] for item in asked], do_sample=True, temperature=1.0, top_k=0))
-    return finals(drawn, asked)
+    return finals([*zip(*drawn, strict=True)], asked)
 
 
-def finals(drawn: Sequence[Sequence[str]], asked: Examples) -> Result:
-    """Return the final results (the text after the last equals sign), by problem and answer, and the correct ones.
-
-    Args:
-        drawn: For each answer, its text by problem.
-        asked: The problems.
-    """
-    found = [[text.rpartition("=")[2] for text in texts] for texts in zip(*drawn, strict=True)]
+def finals(texts: Sequence[Sequence[str]], asked: Examples) -> Result:
+    """Return the final results (the text after the last equals sign), by problem and answer, and the correct ones."""
+    found = [[text.rpartition("=")[2] for text in drawn] for drawn in texts]
     return {"finals": found, "wanted": [item["response"].rpartition("=")[2] for item in asked]}
 
 
@@ -181,20 +176,23 @@ def chains(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: 
     Also the cosine similarity between the thoughts of two chains, averaged over pairs, questions and positions.
     """
     asked, number = own[: sizes.sampled], system.config.num_chains
-    prompts = [item["prompt"] for item in asked]
-    greedy = [system.answer(prompts, chains=chain) for chain in range(number)]
-    drawn = []
-    for sample in range(VOTES_OF_CHAINS):
-        set_seed(VOTES_OF_CHAINS * job.seed + sample)
-        drawn.append(system.answer(prompts, chains=sample % number, do_sample=True, temperature=1.0, top_k=0))
+    prompts, copies = [item["prompt"] for item in asked], VOTES_OF_CHAINS // number
+    greedy = system.answer(prompts, chains=None)
+    set_seed(job.seed)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": copies}
+    drawn = system.answer(prompts, chains=None, **sampling)
+    by_problem = [greedy[start : start + number] for start in range(0, len(greedy), number)]
+    # By problem, chain and sample; chains take turns.
+    starts = range(0, len(drawn), VOTES_OF_CHAINS)
+    in_turn = [[drawn[start + copies * k + r] for r in range(copies) for k in range(number)] for start in starts]
     model, tokenizer, seen = system.model, system.tokenizer, prompts[: sizes.seen]
     thoughts = torch.stack([collect_thoughts(model, tokenizer, seen, chain=chain) for chain in range(number)])
     unit = torch.nn.functional.normalize(thoughts, dim=-1)  # (K, Q, N, H)
     pairs = torch.tril_indices(number, number, -1)
     alike = (unit[pairs[0]] * unit[pairs[1]]).sum(-1).mean()
     return {
-        "greedy": finals(greedy, asked),
-        "sampled": finals(drawn, asked),
+        "greedy": finals(by_problem, asked),
+        "sampled": finals(in_turn, asked),
         "similarity": float(alike) if number > 1 else None,
     }
 
