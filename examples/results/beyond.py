@@ -58,7 +58,8 @@ def sources(results: Results) -> Section:
         ]
         for name in rows
     ]
-    alone = {kind: results.share(system="zero-shot", kind=kind) for kind in KINDS}
+    alone = results.share(system="zero-shot")
+    best = {kind: max((found[kind][name] for name in PARTS if "base" in name), key=lambda s: s.mean) for kind in KINDS}
     own = results.share("digits", "right", system="zero-shot")
     head = ["", *KINDS, "digits, adapter enabled", "trained parameters", "training time", "learning rate"]
     text = f"""Options of `SoftCoTConfig` that arXiv 2502.12134 does not have: the base as its own thought source
@@ -74,12 +75,13 @@ Accuracy as above. Training time is relative to SoftCoT's run with the same seed
 - strangers: {compared(found["strangers"])}
 - digits: {compared(digits)}
 
-**The base as source.** It cannot read what it never learned: alone it solves {alone["words"]} of the problems in
-words. Its states at the thought positions hold no digits to project, whereas the assistant's do. With no second model,
-there is nobody to read for it. Among strangers, neither model knows the numbers, so the assistant has no such lead. No
-kind of problem of this pair lets the base gain from reading for itself: it was trained on problems in digits alone,
-and of these it solves {own} without thoughts.
-What a large base gains from thoughts of its own, these experiments cannot say.
+**The base as source.** This base was trained not to read words or names: where its training examples have a hint,
+their question is a different problem. Alone it solves {alone} of the problems in words. With thoughts of its
+own it solves at most {best["words"]}, with the assistant's {found["words"][PLAIN]}: without a second model, nobody
+reads for it. Among strangers, whose numbers neither model knows, it solves at most {best["strangers"]}, with the
+assistant {found["strangers"][PLAIN]}. No kind of problem of this pair lets a base gain from reading for itself: it was
+trained on problems in digits alone, and solves {own} of them without thoughts. What a large base gains from thoughts
+of its own, these experiments cannot say.
 """
     return Section("Beyond the paper: sources and projections", text)
 
@@ -123,7 +125,7 @@ apart. All have SoftCoT's learning rate.
 
 {tables[0]}
 The final result counts, on {results.sizes.sampled} problems per seed. *Single answer*: greedy, of the first chain.
-*Vote of K greedy answers*: one of each chain. *Vote of {VOTES_OF_CHAINS} samples*: as many for every row, shared out
+*Vote of K greedy answers*: one of each chain; the first wins a tie, so two chains never outvote the first. *Vote of {VOTES_OF_CHAINS} samples*: as many for every row, shared out
 between the chains, at temperature 1. *Cosine*: between the thoughts of two chains for the same question and position;
 1 means that chains are the same.
 
@@ -163,7 +165,7 @@ def initialisation(results: Results) -> Section:
     steady = max(kinds, key=lambda kind: min(spread[kind]))
     text = f"""Plain SoftCoT, words, with three initialisations of the linear projection (`projection_init`). One run
 per cell, on the {results.sizes.asked} problems of the seed that selects learning rates ({TUNING_SEED}), so cells that
-differ by a few problems do not differ. Accuracy, %, and in parentheses the loss per token:
+differ by a few problems are not different. Accuracy, %, and in parentheses the loss per token:
 
 {table(["initialisation (rows), learning rate (columns)", *(f"{rate:g}" for rate in rates)], rows)}
 Best at each rate, by accuracy, then loss: {", ".join(f"`{best[rate][0]}` at {rate:g}" for rate in rates)}. Best of
