@@ -75,8 +75,8 @@ Accuracy as above. Training time is relative to SoftCoT's run with the same seed
 - strangers: {compared(found["strangers"])}
 - digits: {compared(digits)}
 
-**The base as source.** This base was trained not to read words or names: where its training examples have a hint,
-their question is a different problem. Alone it solves {alone} of the problems in words. With thoughts of its
+**The base as source.** This base never learned to read words or names: where its training examples have them,
+they say a different problem than the hint in digits. Alone it solves {alone} of the problems in words. With thoughts of its
 own it solves at most {best["words"]}, with the assistant's {found["words"][PLAIN]}: without a second model, nobody
 reads for it. Among strangers, whose numbers neither model knows, it solves at most {best["strangers"]}, with the
 assistant {found["strangers"][PLAIN]}. No kind of problem of this pair lets a base gain from reading for itself: it was
@@ -125,9 +125,9 @@ apart. All have SoftCoT's learning rate.
 
 {tables[0]}
 The final result counts, on {results.sizes.sampled} problems per seed. *Single answer*: greedy, of the first chain.
-*Vote of K greedy answers*: one of each chain; the first wins a tie, so two chains never outvote the first. *Vote of {VOTES_OF_CHAINS} samples*: as many for every row, shared out
-between the chains, at temperature 1. *Cosine*: between the thoughts of two chains for the same question and position;
-1 means that chains are the same.
+*Vote of K greedy answers*: one of each chain; the first wins a tie, so two chains never outvote the first. *Vote of
+{VOTES_OF_CHAINS} samples*: as many for every row, shared out between the chains, at temperature 1. *Cosine*: between
+the thoughts of two chains for the same question and position; 1 means that chains are the same.
 
 Problems whose names neither model knows:
 
