@@ -7,6 +7,11 @@ local files with `--data-dir`. Decoding is greedy by default; `--temperature 1 -
 the paper (arXiv 2502.12134), and `--samples 10` votes over ten samples. Chat templates are always rendered with their
 generation prompt.
 
+An adapter with several chains (SoftCoT++, arXiv 2505.11484) answers each question once for each chain, or as often as
+`--samples` says, and all answers have equal votes. Chains take turns: the single score is that of the first answer of
+the first chain, and the first k answers come from k chains if there are as many. `--chains 0,2` uses some of them.
+Controls change the thoughts of the first chain.
+
 Each score is saved in `--output-dir` as soon as it is computed, so the same command resumes an interrupted run. To use
 several GPUs, run the script with `accelerate launch`: each process answers a part of the questions.
 """
@@ -44,7 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", help="folder with the original files of the data sets, instead of the Hub")
     add("--controls", action="store_true", help="also evaluate with changed thoughts; see softcot_peft.analysis")
     add("--inference-thoughts", type=int, help="N; default: as in the adapter's config")
-    add("--samples", type=int, default=1, help="number of answers per question for majority voting")
+    add("--chains", help="comma-separated chains that answer, from 0; default: all of the adapter's")
+    add("--samples", type=int, default=1, help="number of answers per question, and chain, for majority voting")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--seeds", default="41", help="comma-separated seeds for sampling")
@@ -69,12 +75,15 @@ def check(args: argparse.Namespace) -> None:
     """
     args.tasks = args.tasks.split(",")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.chains = [int(chain) for chain in args.chains.split(",")] if args.chains else None
     unknown = sorted(set(args.tasks) - set(TASKS))
     if unknown:
         raise ValueError(f"`--tasks` must be some of {', '.join(TASKS)}, got {', '.join(unknown)}.")
     for name in ("samples", "limit", "inference_thoughts"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
+    if args.chains and (min(args.chains) < 0 or len(set(args.chains)) < len(args.chains)):
+        raise ValueError(f"`--chains` must be different numbers from 0, got {', '.join(map(str, args.chains))}.")
     for name in ("base", "adapter"):
         if getattr(args, name):
             check_source(f"--{name}", getattr(args, name))
@@ -83,21 +92,27 @@ def check(args: argparse.Namespace) -> None:
             f"`--samples {args.samples}` and {len(args.seeds)} seeds need sampling, but `--temperature` is 0. Set it "
             "to 1, for example, as in the paper."
         )
-    if args.adapter is None and (args.controls or args.inference_thoughts):
+    if args.adapter is None and (args.controls or args.inference_thoughts or args.chains):
         raise ValueError(
-            "`--controls` and `--inference-thoughts` change an adapter's thoughts, but there is no `--adapter`."
+            "`--controls`, `--inference-thoughts` and `--chains` change an adapter's thoughts, but there is no "
+            "`--adapter`."
         )
     if args.controls and args.batch_size < 2:
         raise ValueError(f"`--controls` needs a `--batch-size` of at least 2, got {args.batch_size}.")
 
 
-def questions(args: argparse.Namespace, method: str) -> list[Question]:
-    """Return the scores to compute: the base, the adapter's method, and its controls, which are sampled once."""
+def questions(args: argparse.Namespace, method: str, chains: tuple[int, ...] | None) -> list[Question]:
+    """Return the scores to compute: the base, the adapter's method, and its controls.
+
+    Controls are sampled once, with the first of the chains that answer.
+    """
+    several = chains or (0,)
     systems = {"base": "none", method: "own"} if args.adapter else {"base": "own"}
     changed = {label: name for name, label in CONTROLS.items() if name not in ("own", "none")}
     controls = changed if args.controls else {}
+    answering = {method: (args.samples, several)} | dict.fromkeys(controls, (1, several[:1]))
     return [
-        Question(system, control, task, seed, 1 if system in controls else args.samples)
+        Question(system, control, task, seed, *answering.get(system, (args.samples, (0,))))
         for task in args.tasks
         for system, control in (systems | controls).items()
         for seed in args.seeds
@@ -113,7 +128,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     ]
     if args.adapter and Path(args.adapter).is_dir():
         files += [path for path in Path(args.adapter).iterdir() if path.suffix in (".json", ".safetensors", ".jinja")]
-    left_out = ("tasks", "seeds", "samples", "controls", "batch_size", "output_dir")
+    left_out = ("tasks", "seeds", "samples", "chains", "controls", "batch_size", "output_dir")
     chosen = {name: value for name, value in vars(args).items() if name not in left_out}
     return chosen | {"files": fingerprint(path for path in files if path.is_file())}
 
@@ -145,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluation, settings = Evaluation(args), settings_of(args)
     files = {
         question: question.file(args.output_dir / "scores", settings)
-        for question in questions(args, evaluation.method)
+        for question in questions(args, evaluation.method, evaluation.chains)
     }
     missing = [question for question, file in files.items() if not file.exists()]  # before any process writes a file
     for question in tqdm(missing, desc="scores", disable=evaluation.harness.rank != 0):

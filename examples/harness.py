@@ -6,15 +6,18 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
@@ -47,7 +50,13 @@ class Question:
     control: str  # one of `CONTROLS`, applied to the adapted model
     task: str
     seed: int
-    samples: int
+    samples: int  # answers by each of `chains`
+    chains: tuple[int, ...] = (0,)  # of the adapter, that answer in turn
+
+    @property
+    def answers(self) -> int:
+        """Number of answers to each question of the task."""
+        return self.samples * len(self.chains)
 
     def file(self, folder: Path, settings: dict[str, Any]) -> Path:
         """Return the file of the score; different settings have different files."""
@@ -67,14 +76,14 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 
 
 def load_task(
-    manager: TaskManager, name: str, samples: int, delimiters: Sequence[str] | None = None
+    manager: TaskManager, name: str, answers: int, delimiters: Sequence[str] | None = None
 ) -> ConfigurableTask:
-    """Load a task with its data. The first sample is scored, and votes over the first k samples.
+    """Load a task with its data. The first answer is scored, and votes over the first k answers.
 
     Args:
         manager: The harness's task manager.
         name: Name of the task.
-        samples: Number of samples per question.
+        answers: Number of answers per question.
         delimiters: Two texts to write around the evaluated question, for adapters whose assistant reads what stands
             between them (`assistant_prompt_between`).
     """
@@ -82,10 +91,10 @@ def load_task(
     config = manager.load(full)["tasks"][full].config
     ways = config.filter_list
     extract, first = ways[0]["filter"]
-    for count in sorted({k for k in VOTES if k < samples} | {samples} - {1}):
+    for count in sorted({k for k in VOTES if k < answers} | {answers} - {1}):
         vote = [{"function": "take_first_k", "k": count}, {"function": "custom", "filter_fn": answered}]
         ways.append({"name": f"vote of {count}", "filter": [extract, *vote, {"function": "majority_vote"}, first]})
-    changes: dict[str, Any] = {"repeats": samples, "filter_list": ways}
+    changes: dict[str, Any] = {"repeats": answers, "filter_list": ways}
     if delimiters is not None:
         before, after = (json.dumps(text, ensure_ascii=False) for text in delimiters)  # as Jinja literals
         changes["doc_to_text"] = config.doc_to_text.replace("{{question}}", f"{{{{ {before} ~ question ~ {after} }}}}")
@@ -129,7 +138,31 @@ class StopTexts(StoppingCriteria):
 
 
 class Harness(HFLM):
-    """The harness's model, with finished sequences dropped from the batch."""
+    """The harness's model, with finished sequences dropped from the batch, and several chains."""
+
+    chains: tuple[int, ...] | None = None  # that answer the repeats of each request in turn; `None`: no choice
+    answers = ""  # file of the answers of an interrupted evaluation, for chains
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer the requests, with several chains the repeats of each one by the chains in turn.
+
+        The harness repeats a request without a difference, and keeps one greedy answer for all repeats. Here the chain
+        is one of the settings by which it forms batches and looks up answers, so each chain has its own.
+        """
+        if self.chains is None:
+            return super().generate_until(requests, disable_tqdm)
+        repeats: Counter[int] = Counter()
+        chosen = []
+        for request in requests:
+            prompt, settings = request.args
+            chain = self.chains[repeats[id(request)] % len(self.chains)]
+            repeats[id(request)] += 1
+            chosen.append(replace(request, arguments=(prompt, settings | {"chains": chain})))
+        chains, self.chains = self.chains, None
+        try:
+            return CachingLM(self, f"{self.answers}_rank{self.rank}.db").generate_until(chosen)
+        finally:
+            self.chains = chains
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
@@ -172,6 +205,7 @@ class Evaluation:
         )
         self.method, self.delimiters = "SoftCoT", None
         self.number = self.set_number() if args.adapter else 0
+        self.chains = self.choose_chains() if args.adapter else None
         # Without a chat template, a base continues with another question, as in its few-shot examples.
         self.until = ["\n\n"] if args.num_fewshot and self.tokenizer.chat_template is None else []
         load = partial(load_task, self.manager, delimiters=self.delimiters)
@@ -186,28 +220,43 @@ class Evaluation:
         args, config = self.args, self.harness.model.peft_config[self.harness.model.active_adapter]
         if not isinstance(config, SoftCoTConfig):
             self.method = str(config.peft_type.value)
-            if args.controls or args.inference_thoughts:
+            if args.controls or args.inference_thoughts or args.chains:
                 raise ValueError(
-                    f"`--controls` and `--inference-thoughts` change thoughts, but {args.adapter!r} is an adapter of "
-                    f"the method {self.method}. Omit these options."
+                    f"`--controls`, `--inference-thoughts` and `--chains` change thoughts, but {args.adapter!r} is an "
+                    f"adapter of the method {self.method}. Omit these options."
                 )
             return 0
         self.delimiters = config.assistant_prompt_between
         config.inference_num_thought_tokens = args.inference_thoughts or config.inference_num_thought_tokens
         return config.inference_num_thought_tokens or config.num_thought_tokens
 
+    def choose_chains(self) -> tuple[int, ...] | None:
+        """Return the chains that answer, by default all; `None` for an adapter without several chains.
+
+        Raises:
+            ValueError: If the adapter does not have a chain of the command line.
+        """
+        config = self.harness.model.peft_config[self.harness.model.active_adapter]
+        number = config.num_chains if isinstance(config, SoftCoTConfig) else 1
+        chosen = tuple(self.args.chains or range(number))
+        if max(chosen) >= number:
+            raise ValueError(
+                f"`--chains` must be below {number}, the number of chains of {self.args.adapter!r}, got {max(chosen)}."
+            )
+        return chosen if number > 1 else None
+
     def asked(self, task: ConfigurableTask) -> int:
         """Return the number of evaluated questions of a task."""
         return min(len(task.eval_docs), self.args.limit or len(task.eval_docs))
 
-    def mean(self, task: ConfigurableTask) -> torch.Tensor:
-        """Return the thoughts averaged over the first questions of a task, `(N, H_base)`."""
+    def mean(self, task: ConfigurableTask, chain: int) -> torch.Tensor:
+        """Return the thoughts of a chain, averaged over the first questions of a task, `(N, H_base)`."""
         prompts = [task.doc_to_text(doc) for doc in task.eval_docs.select(range(min(64, len(task.eval_docs))))]
         if self.tokenizer.chat_template is not None:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             prompts = [self.harness.apply_chat_template(turn) for turn in turns]
         special = self.tokenizer.chat_template is None  # a chat template writes special tokens itself
-        return mean_thoughts(self.harness.model, self.tokenizer, prompts, add_special_tokens=special)
+        return mean_thoughts(self.harness.model, self.tokenizer, prompts, chain=chain, add_special_tokens=special)
 
     def score(self, question: Question, folder: Path) -> dict[str, Any] | None:
         """Compute one score; return `None` in all processes but the first.
@@ -216,7 +265,7 @@ class Evaluation:
             question: The score to compute.
             folder: Folder of the harness's logs, and of the answers of an interrupted evaluation.
         """
-        args, harness, task = self.args, self.harness, self.task(question.task, question.samples)
+        args, harness, task = self.args, self.harness, self.task(question.task, question.answers)
         harness.batch_size_per_gpu = args.batch_size
         if question.control == "other_question":
             harness.batch_size_per_gpu = batch_size_for(self.asked(task), args.batch_size, harness.world_size)
@@ -224,7 +273,10 @@ class Evaluation:
         decoding = sampling if args.temperature > 0 else {"do_sample": False}
         # Without this, a saved template would also write thought tokens for the base.
         harness.chat_template_args = {"num_thought_tokens": 0 if question.control == "none" else self.number}
-        mean = self.mean(task) if question.control == "mean" else None
+        mean = self.mean(task, question.chains[0]) if question.control == "mean" else None
+        answers = str(folder / "answers")
+        harness.chains = question.chains if self.chains and question.control != "none" else None
+        harness.answers = answers
         tracker = EvaluationTracker(output_path=str(folder / "logs"))
         change = with_thoughts(harness.model, question.control, mean, question.seed) if args.adapter else nullcontext()
         with change:
@@ -236,7 +288,7 @@ class Evaluation:
                 limit=args.limit,
                 apply_chat_template=self.tokenizer.chat_template is not None,
                 gen_kwargs={**decoding, "max_gen_toks": args.max_new_tokens, "until": self.until},
-                use_cache=str(folder / "answers"),
+                use_cache=answers if harness.chains is None else None,
                 evaluation_tracker=tracker,
                 bootstrap_iters=0,
                 random_seed=question.seed,

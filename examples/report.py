@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
-from results.jobs import RATES, Job, experiments, makings, tuning
+from results.jobs import Job, experiments, makings, tuning
 from results.page import write
 from results.store import Store, fingerprint
 from results.work import SMALL, Sizes, perform
@@ -46,7 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def sources(pair: Path) -> list[Path]:
     """Return the files that a result depends on."""
-    code = [*HERE.glob("baselines/*.py"), HERE / "small_pair.py", HERE / "results" / "work.py"]
+    results = [HERE / "results" / name for name in ("work.py", "variants.py")]
+    code = [*HERE.glob("baselines/*.py"), HERE / "small_pair.py", *results]
     return [*code, *(HERE.parent / "softcot_peft").rglob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
 
 
@@ -81,13 +82,13 @@ def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: Proces
 
 
 def best_rates(store: Store) -> Rates:
-    """Return each trained system's learning rate with the most correct answers; ties go to the lowest loss."""
+    """Return the learning rate with the most correct answers by `Run.label`; ties go to the lowest loss."""
     return {
-        system: max(
-            (job for job in tuning() if job.system == system),
+        label: max(
+            (job for job in tuning() if job.label == label),
             key=lambda job: (sum(store[job]["right"]), -store[job]["loss"]),
         ).learning_rate
-        for system in RATES
+        for label in dict.fromkeys(job.label for job in tuning())
     }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ._controls import Model, disabled_adapters, replacement, source_of
+from ._votes import majority_vote as majority_vote
 
 # Controls of `with_thoughts` and their labels in tables.
 CONTROLS = {
@@ -79,7 +80,13 @@ def with_thoughts(model: Model, control: str, mean: Tensor | None = None, seed: 
 
 @torch.no_grad()
 def collect_thoughts(
-    model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 32, **tokenization: Any
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int = 32,
+    *,
+    chain: int = 0,
+    **tokenization: Any,
 ) -> Tensor:
     """Compute the soft thoughts of prompts.
 
@@ -98,14 +105,16 @@ def collect_thoughts(
         tokenizer: The base's tokenizer.
         prompts: One prompt per question, all with the same number of thoughts.
         batch_size: Number of prompts per forward pass.
+        chain: The chain whose thoughts to compute, for adapters with several (`num_chains`).
         **tokenization: Arguments of the tokenizer, such as `add_special_tokens=False` for rendered chat templates.
 
     Returns:
         The thoughts of Q prompts, `(Q, N, H_base)`, in the projection's dtype, on the CPU.
 
     Raises:
-        TypeError: `prompts` is a single string.
-        ValueError: `prompts` is empty, the numbers of thoughts differ, or no SoftCoT adapter is active.
+        TypeError: `prompts` is a single string, or `chain` is not an integer.
+        ValueError: `prompts` is empty, the numbers of thoughts differ, the adapter does not have the chain, or no
+            SoftCoT adapter is active.
     """
     if isinstance(prompts, str):
         raise TypeError("`prompts` must be a list of strings, got str. Put a single prompt into a list.")
@@ -119,7 +128,7 @@ def collect_thoughts(
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])
             rows = tokenizer(texts, return_tensors="pt", padding=True, **tokenization)
-            model(**rows.to(model.device), logits_to_keep=1)
+            model(**rows.to(model.device), logits_to_keep=1, chains=chain)
     finally:
         handle.remove()
     numbers = sorted({thoughts.shape[-2] for thoughts in seen})

@@ -158,7 +158,7 @@ class Baseline:
 
         Args:
             prompts: Questions.
-            **generation: Arguments of `generate`, such as `do_sample=True`.
+            **generation: Arguments of `generate`, such as `do_sample=True`. Several answers to a prompt are adjacent.
         """
         settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, **generation}
         answers: list[str] = []

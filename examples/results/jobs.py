@@ -9,7 +9,9 @@ held-out problems.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .variants import CHAINS, ON_STRANGERS, PARTS, TUNED
 
 TUNING_SEED = 100  # no other run uses its problems
 # Peak learning rates to search, by system; wide enough that the best one is neither the first nor the last.
@@ -18,7 +20,7 @@ RATES = {
     "trained placeholders": (3e-3, 1e-2, 3e-2, 1e-1),
     "LoRA": (1e-3, 3e-3, 1e-2, 3e-2),
     "Coconut": (3e-4, 1e-3, 3e-3),
-    "SoftCoT": (1e-2, 3e-2, 1e-1),
+    "SoftCoT": (3e-3, 1e-2, 3e-2, 1e-1),  # and of its variants
 }
 UNTRAINED = ("zero-shot", "CoT-Unk", "Assist-CoT")
 NUMBERS = (1, 2, 4, 8, 16, 32)  # of thoughts
@@ -54,7 +56,8 @@ class Run:
         hinted: Whether the base was trained to use hints.
         place: `"user_turn"` or `"prompt_end"` of a chat, or `""` for the end of the question, without a chat.
         asks: Evaluations in addition to held-out problems of the same kind: any of `"digits"`, `"samples"`,
-            `"controls"`, `"numbers"`, `"diagnostics"`, `"characters"`, `"attention"`.
+            `"controls"`, `"numbers"`, `"diagnostics"`, `"characters"`, `"attention"`, `"chains"`.
+        variant: A key of `VARIANTS`, or `""` for SoftCoT as in the paper.
     """
 
     system: str
@@ -66,12 +69,19 @@ class Run:
     hinted: bool = True
     place: str = ""
     asks: tuple[str, ...] = ("digits",)
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name of what is trained, a key of the selected learning rates."""
+        return f"{self.system}, {self.variant}" if self.variant else self.system
 
     @property
     def name(self) -> str:
         """Name of the result."""
         parts = [self.system.replace(" ", "-"), self.kind, f"seed{self.seed}", f"rate{self.learning_rate:g}"]
         parts += [f"N{self.thoughts}", f"width{self.width}", *(["unhinted"] if not self.hinted else []), self.place]
+        parts += [self.variant.replace(",", "").replace(" = ", "").replace(" ", "-")]
         return "_".join(part for part in parts if part)
 
 
@@ -84,9 +94,12 @@ def makings() -> list[Making]:
 
 
 def tuning() -> list[Run]:
-    """Return a run for every trained system and each of its learning rates."""
+    """Return a run for every trained system, and variant with a rate of its own, and each of its learning rates."""
+    tried = [(system, "") for system in RATES] + [("SoftCoT", variant) for variant in TUNED]
     return [
-        Run(system, seed=TUNING_SEED, learning_rate=rate, asks=()) for system, rates in RATES.items() for rate in rates
+        Run(system, seed=TUNING_SEED, learning_rate=rate, asks=(), variant=variant)
+        for system, variant in tried
+        for rate in RATES[system]
     ]
 
 
@@ -101,7 +114,13 @@ def experiments(rates: Mapping[str, float], seeds: Sequence[int]) -> list[Run]:
                     asks += ["samples"]
                 if system == "SoftCoT":
                     asks += ["controls", "diagnostics"] + (["numbers"] if kind == "words" else [])
+                    asks += ["chains"] if kind != "names" else []
                 runs.append(Run(system, kind, seed, rates.get(system, 0.0), asks=tuple(asks)))
+        for variant in (*PARTS, *CHAINS):
+            for kind in ("words", "strangers") if variant in ON_STRANGERS else ("words",):
+                asks = ["chains"] if variant in CHAINS else ["digits"] if kind == "words" else []
+                run = Run("SoftCoT", kind, seed, asks=tuple(asks), variant=variant)
+                runs.append(replace(run, learning_rate=rates.get(run.label, rates["SoftCoT"])))
         rate = rates["SoftCoT"]
         for number in NUMBERS:
             if number != 8:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from blocks import write_block, write_whole
 
+from .beyond import chains, initialisation, sources
 from .figures import save
 from .results import Results
-from .sections import SECTIONS, summary
+from .sections import SECTIONS, learning_rates, summary
 from .store import Store
 from .work import Sizes
 
@@ -49,7 +50,7 @@ def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) ->
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     parts = [HEAD.format(seeds=len(sizes.seeds), libraries=libraries)]
     (docs / "figures").mkdir(parents=True, exist_ok=True)
-    for make in SECTIONS:
+    for make in (*SECTIONS, sources, chains, initialisation, learning_rates):
         section = make(results)
         parts.append(f"## {section.title}\n\n{section.text.strip()}\n")
         for name, (draw, size, shown) in section.figures.items():

@@ -12,7 +12,7 @@ from .statistics import Share, share, votes
 from .store import Store
 from .work import Sizes
 
-PLAIN = {"kind": "words", "thoughts": 8, "width": 64, "hinted": True, "place": ""}  # defaults of a run
+PLAIN = {"kind": "words", "thoughts": 8, "width": 64, "hinted": True, "place": "", "variant": ""}  # defaults of a run
 
 
 class Results:
@@ -50,9 +50,15 @@ class Results:
         """Return the share of correct answers; without a path, on problems of the run's own kind."""
         return share(self.found(*(path or ("right",)), **wanted))
 
-    def vote(self, samples: int, **wanted: Any) -> Share:
-        """Return the share of problems whose most frequent result among the first `samples` samples is correct."""
-        drawn = self.found("samples", **wanted)
+    def vote(self, samples: int, *path: str, **wanted: Any) -> Share:
+        """Return the share of problems whose most frequent result among the first `samples` is correct.
+
+        Args:
+            samples: How many of the results vote.
+            *path: Keys of what holds `"finals"` and `"wanted"`; by default `"samples"`.
+            **wanted: As in `found`.
+        """
+        drawn = self.found(*(path or ("samples",)), **wanted)
         return share([votes(each["finals"], each["wanted"], samples) for each in drawn])
 
     def median(self, *path: str, **wanted: Any) -> float:

@@ -41,6 +41,11 @@ def better(shares: Mapping[str, Share], than: str) -> list[str]:
     return [f"{name} ({each})" for name, each in shares.items() if each.low > shares[than].high]
 
 
+def worse(shares: Mapping[str, Share], than: str) -> list[str]:
+    """Return the names and shares whose whole interval lies below that of `than`."""
+    return [f"{name} ({each})" for name, each in shares.items() if each.high < shares[than].low]
+
+
 def summary(results: Results) -> str:
     """The README's table."""
     rows = [
@@ -280,13 +285,13 @@ def mean_off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
     return mean(value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j)
 
 
-def rates(results: Results) -> Section:
+def learning_rates(results: Results) -> Section:
     """Results of the learning-rate search."""
     tried = [(job, results.store[job]) for job in tuning()]
     rows = [
         [
-            job.system,
-            f"{job.learning_rate:g}" + (" **chosen**" if results.rates[job.system] == job.learning_rate else ""),
+            job.label,
+            f"{job.learning_rate:g}" + (" **chosen**" if results.rates[job.label] == job.learning_rate else ""),
             f"{100 * mean(result['right']):.1f}",
             f"{result['loss']:.3f}",
         ]
@@ -309,5 +314,4 @@ SECTIONS = (
     placement,
     assistant_size,
     without_hints,
-    rates,
 )

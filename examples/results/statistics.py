@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from scipy.stats import binomtest, t
+
+from softcot_peft.analysis import majority_vote
 
 Runs = Sequence[Sequence[int]]  # per seed, 1 for a correct answer and 0 for a wrong one
 
@@ -58,7 +59,4 @@ def votes(finals: Sequence[Sequence[str]], wanted: Sequence[str], samples: int) 
         wanted: Correct result of each problem.
         samples: Number of samples that vote.
     """
-    counts = [Counter(final for final in drawn[:samples] if final) for drawn in finals]
-    return [
-        int(bool(count) and count.most_common(1)[0][0] == want) for count, want in zip(counts, wanted, strict=True)
-    ]
+    return [int(majority_vote(drawn[:samples]) == want) for drawn, want in zip(finals, wanted, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from softcot_peft.analysis import (
 )
 
 from .jobs import NUMBERS, Job, Making, Run
+from .variants import VARIANTS
 
 Result = dict[str, Any]
 Examples = list[dict[str, str]]
@@ -34,6 +36,7 @@ CHAT = (
     "{% for turn in messages %}{{ turn['content'] }}{% endfor %}{% if add_generation_prompt %}" + MARK + "{% endif %}"
 )
 SAMPLES = 10
+VOTES_OF_CHAINS = 8  # sampled answers to a problem, from all chains together; a multiple of every K
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def build(job: Run, pair: Path, made: Path) -> Baseline:
     base = pair / "base" if job.hinted else made / Making("base").name
     assistant = pair / "assistant" if job.width == 64 else made / Making("assistant", job.width).name
     number, rate = job.thoughts, {"learning_rate": job.learning_rate}
+    fields = VARIANTS.get(job.variant, {})
+    reader = None if fields.get("thought_source") == "base" else assistant
     marked = {"thought_token": THOUGHT, "placement": "thought_token"} if job.place == "user_turn" else {}
     builders = {
         "zero-shot": lambda: ZeroShot(base),
@@ -110,7 +115,7 @@ def build(job: Run, pair: Path, made: Path) -> Baseline:
         "trained placeholders": lambda: TrainedPlaceholders(base, number, **rate),
         "LoRA": lambda: Lora(base, **rate),
         "Coconut": lambda: Coconut(base, stages=(2, 4, number), **rate),
-        "SoftCoT": lambda: SoftCoT(base, assistant, number, marked, **rate),
+        "SoftCoT": lambda: SoftCoT(base, reader, number, marked | fields, **rate),
     }
     return builders[job.system]()
 
@@ -150,14 +155,46 @@ def on_digits(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, j
 
 
 def samples(system: Baseline, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
-    """Return the final results of sampled answers (the text after the last equals sign), by problem and sample."""
+    """Return the final results of sampled answers, by problem and sample."""
     asked = own[: sizes.sampled]
     drawn = []
     for sample in range(SAMPLES):
         set_seed(SAMPLES * job.seed + sample)
         drawn.append(system.answer([item["prompt"] for item in asked], do_sample=True, temperature=1.0, top_k=0))
-    finals = [[text.rpartition("=")[2] for text in texts] for texts in zip(*drawn, strict=True)]
-    return {"finals": finals, "wanted": [item["response"].rpartition("=")[2] for item in asked]}
+    return finals([*zip(*drawn, strict=True)], asked)
+
+
+def finals(texts: Sequence[Sequence[str]], asked: Examples) -> Result:
+    """Return the final results (the text after the last equals sign), by problem and answer, and the correct ones."""
+    found = [[text.rpartition("=")[2] for text in drawn] for drawn in texts]
+    return {"finals": found, "wanted": [item["response"].rpartition("=")[2] for item in asked]}
+
+
+def chains(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
+    """Return the final results of each chain's greedy answer, and those of samples that the chains draw in turn.
+
+    Also the cosine similarity between the thoughts of two chains, averaged over pairs, questions and positions.
+    """
+    asked, number = own[: sizes.sampled], system.config.num_chains
+    prompts, copies = [item["prompt"] for item in asked], VOTES_OF_CHAINS // number
+    greedy = system.answer(prompts, chains=None)
+    set_seed(job.seed)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": copies}
+    drawn = system.answer(prompts, chains=None, **sampling)
+    by_problem = [greedy[start : start + number] for start in range(0, len(greedy), number)]
+    # By problem, chain and sample; chains take turns.
+    starts = range(0, len(drawn), VOTES_OF_CHAINS)
+    in_turn = [[drawn[start + copies * k + r] for r in range(copies) for k in range(number)] for start in starts]
+    model, tokenizer, seen = system.model, system.tokenizer, prompts[: sizes.seen]
+    thoughts = torch.stack([collect_thoughts(model, tokenizer, seen, chain=chain) for chain in range(number)])
+    unit = torch.nn.functional.normalize(thoughts, dim=-1)  # (K, Q, N, H)
+    pairs = torch.tril_indices(number, number, -1)
+    alike = (unit[pairs[0]] * unit[pairs[1]]).sum(-1).mean()
+    return {
+        "greedy": finals(by_problem, asked),
+        "sampled": finals(in_turn, asked),
+        "similarity": float(alike) if number > 1 else None,
+    }
 
 
 def in_controls(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, job: Run) -> Result:
@@ -222,6 +259,7 @@ def attention(system: SoftCoT, own: Examples, digits: Examples, sizes: Sizes, jo
 ASKS = {
     "digits": on_digits,
     "samples": samples,
+    "chains": chains,
     "controls": in_controls,
     "numbers": by_number,
     "diagnostics": diagnostics,

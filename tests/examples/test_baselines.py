@@ -134,6 +134,14 @@ def test_prompt_tuning_generates_as_peft_does_where_nothing_is_padded(pair: Pair
         assert pair.tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) == mine
 
 
+def test_the_first_chain_answers_and_all_do_when_asked(pair: Pair) -> None:
+    config = {"num_chains": 3, "init_weights": False}
+    system = baselines.SoftCoT(pair.base, pair.assistant, 3, config, **SETTINGS)
+    by_chain = [system.answer(QUESTIONS, chains=chain) for chain in range(3)]
+    assert system.answer(QUESTIONS) == by_chain[0] != by_chain[1]
+    assert system.answer(QUESTIONS, chains=None) == [text for texts in zip(*by_chain, strict=True) for text in texts]
+
+
 @pytest.mark.parametrize("padding", [0, 1])  # the tokenizer's pad token, and its EOS
 def test_written_tokens_are_counted_to_the_first_eos(padding: int, pair: Pair) -> None:
     new = torch.tensor([[5, 1, padding, padding], [5, 6, 7, 8], [1, padding, padding, padding]])

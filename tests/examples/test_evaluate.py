@@ -17,13 +17,16 @@ from small_data import DATA, needs_data, write_data
 from tiny_pair import QUESTIONS, Pair
 
 from softcot_peft import with_thought_tokens
+from softcot_peft.analysis import majority_vote
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("scipy")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-sys.path.append(str(EXAMPLES))
+sys.path += [str(EXAMPLES), str(EXAMPLES.parent)]
+from evaluation import answers
+
 # By its path, since a library that lm-evaluation-harness installs is called `evaluate`, too.
 evaluate = load_script(EXAMPLES / "evaluate.py", "evaluate_script", known=True)
 NEW = 6
@@ -160,6 +163,95 @@ def logged_any(out: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["filter"] == "first"]
 
 
+K = 3
+
+
+@pytest.fixture(scope="module")
+def chains(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with several chains, whose answers differ."""
+    folder = tmp_path_factory.mktemp("chains")
+    pair.model(num_chains=K).save_pretrained(folder)
+    return folder
+
+
+def by_chain(pair: Pair, folder: Path, prompts: list[str], chain: int) -> list[str]:
+    """What plain `generate` writes after each prompt alone with a chain's thoughts."""
+    model, texts = PeftModel.from_pretrained(pair.load_base(), folder).eval(), []
+    for prompt in prompts:
+        ids = pair.tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            new = model.generate(**ids, max_new_tokens=NEW, do_sample=False, chains=chain)[0]
+        texts.append(pair.tokenizer.decode(new[ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("chosen", [None, [2, 0], [1]], ids=str)
+def test_chains_answer_in_turn_and_vote(
+    pair: Pair, data: Path, chains: Path, tmp_path: Path, chosen: list[int] | None
+) -> None:
+    options = ["--adapter", str(chains), "--tasks", "aqua,gsm8k"]
+    options += ["--chains", ",".join(map(str, chosen))] if chosen else []
+    chosen = chosen or [*range(K)]
+    results = run(pair, data, tmp_path, *options)
+    for task in ("aqua", "gsm8k"):
+        (base, score) = (s for s in results["scores"] if s["task"] == task)
+        assert (base["system"], set(base["right"])) == ("base", {"first"})
+        rows = sorted(logged(tmp_path, task, "SoftCoT"), key=lambda row: row["doc_id"])
+        prompts = [row["arguments"]["gen_args_0"]["arg_0"] for row in rows]
+        wanted = [*zip(*(by_chain(pair, chains, prompts, chain) for chain in chosen), strict=True)]
+        assert [tuple(row["resps"][0]) for row in rows] == wanted
+        assert len(chosen) == 1 or any(len(set(texts)) > 1 for texts in wanted)
+        read = getattr(answers, "letter" if task == "aqua" else "number")
+        for count in range(1, len(chosen) + 1):
+            voted = [
+                answers_of(read, texts[:count], row["doc"], task) for row, texts in zip(rows, wanted, strict=True)
+            ]
+            right = [int(answer == row["target"]) for answer, row in zip(voted, rows, strict=True)]
+            assert score["right"]["first" if count == 1 else f"vote of {count}"] == right
+        assert len(score["right"]) == len(chosen)
+
+
+def answers_of(read: Any, texts: tuple[str, ...], doc: dict[str, Any], task: str) -> str | None:
+    options = (answers.option_texts(doc),) if task == "aqua" else ()
+    return majority_vote([read(text, *options) for text in texts])
+
+
+def test_samples_of_chains_vote_together(pair: Pair, data: Path, chains: Path, tmp_path: Path) -> None:
+    options = ("--adapter", str(chains), "--tasks", "gsm8k", "--samples", "2", "--temperature", "1.5")
+    options += ("--controls", "--batch-size", "3")
+    scores = {score["system"]: score for score in run(pair, data, tmp_path, *options)["scores"]}
+    assert set(scores["SoftCoT"]["right"]) == {"first", "vote of 2", "vote of 3", "vote of 5", "vote of 6"}
+    assert set(scores["base"]["right"]) == {"first", "vote of 2"}
+    assert set(scores["average"]["right"]) == {"first"}
+    assert all(len(set(row["resps"][0])) == 2 * K for row in logged(tmp_path, "gsm8k", "SoftCoT"))
+
+
+def test_answers_of_chains_are_kept_apart_when_an_evaluation_is_interrupted(
+    pair: Pair, data: Path, chains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--adapter", str(chains), "--tasks", "gsm8k")
+    harness = evaluate.Evaluation.score.__globals__["Harness"]
+    generate, asked, last = harness._model_generate, [], []
+
+    def interrupt(self: Any, context: Any, *args: Any, **settings: Any) -> Any:
+        asked.append(settings.get("chains"))
+        if last == [len(asked)]:
+            raise KeyboardInterrupt
+        return generate(self, context, *args, **settings)
+
+    monkeypatch.setattr(harness, "_model_generate", interrupt)
+    wanted = run(pair, data, tmp_path / "whole", *options)["scores"]
+    whole = len(asked)
+    assert set(asked) == {None, *range(K)}
+    asked.clear()
+    last.append(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(pair, data, tmp_path / "again", *options)
+    asked.clear()
+    assert run(pair, data, tmp_path / "again", *options)["scores"] == wanted
+    assert asked == [K - 1]  # the last batch alone
+
+
 def test_a_base_alone_without_a_chat_template_and_with_examples(pair: Pair, data: Path, tmp_path: Path) -> None:
     tokenizer = pair.tokenizer
     plain = tmp_path / "plain"
@@ -186,6 +278,16 @@ def test_adapters_of_other_methods_are_evaluated_and_have_no_controls(pair: Pair
         run(pair, data, tmp_path, *options, "--controls")
 
 
+def test_chains_that_an_adapter_does_not_have(pair: Pair, data: Path, chains: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"`--chains` must be below {K}, the number of chains of .*, got 3"):
+        run(pair, data, tmp_path, "--adapter", str(chains), "--chains", "1,3")
+    (tmp_path / "lora").mkdir()
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(pair.load_base(), lora).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"`--chains` change thoughts, but .* is an adapter of the method LORA"):
+        run(pair, data, tmp_path, "--adapter", str(tmp_path / "lora"), "--chains", "0")
+
+
 def test_other_numbers_of_thoughts(pair: Pair, data: Path, adapter: Path, tmp_path: Path) -> None:
     run(
         pair, data, tmp_path, "--adapter", str(adapter), "--tasks", "aqua", "--inference-thoughts", "2", "--limit", "1"
@@ -210,6 +312,9 @@ def test_no_question_is_left_alone(questions: int, size: int, processes: int, ex
         (["--seeds", "1,2"], "2 seeds need sampling"),
         (["--controls"], "there is no `--adapter`"),
         (["--inference-thoughts", "2"], "there is no `--adapter`"),
+        (["--chains", "0"], "there is no `--adapter`"),
+        (["--chains", "0,1,0", "--adapter", "x"], "`--chains` must be different numbers from 0, got 0, 1, 0"),
+        (["--chains", "-1", "--adapter", "x"], "`--chains` must be different numbers from 0, got -1"),
         (["--inference-thoughts", "0"], "`--inference-thoughts` must be at least 1, got 0"),
         (["--limit", "0"], "`--limit` must be at least 1, got 0"),
         (["--controls", "--adapter", "x", "--batch-size", "1"], "`--batch-size` of at least 2, got 1"),

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from project_files import EXAMPLES
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 sys.path.append(str(EXAMPLES))
 import report
-from results import figures, jobs
+import small_pair
+from results import figures, jobs, sections, variants, work
 from results.jobs import Making, Run, experiments, makings, tuning
 from results.statistics import Share, share, votes
 from results.store import Store, fingerprint
@@ -100,6 +102,7 @@ def test_results_belong_to_one_state_of_the_code(tmp_path: Path) -> None:
     assert {
         "softcot_peft/hooks.py",
         "examples/results/work.py",
+        "examples/results/variants.py",
         "softcot_peft/analysis.py",
         "examples/baselines/common.py",
         "examples/pair/base/model.safetensors",
@@ -149,6 +152,51 @@ def test_every_run_has_a_file_of_its_own_and_the_same_problems_as_its_rivals(tmp
         assert asked == {(system, seed) for system in (*jobs.UNTRAINED, *jobs.RATES) for seed in (0, 1, 2)}
 
 
+def test_every_variant_has_its_runs_and_a_learning_rate_of_its_own_or_softcots() -> None:
+    rates = dict.fromkeys(jobs.RATES, 0.01) | {"SoftCoT, mlp": 0.02}
+    runs = [run for run in experiments(rates, (0, 1, 2)) if run.variant]
+    assert {(run.variant, run.seed) for run in runs} == {
+        (variant, seed) for variant in (*variants.PARTS, *variants.CHAINS) for seed in (0, 1, 2)
+    }
+    assert {run.learning_rate for run in runs if run.variant == "mlp"} == {0.02}
+    assert {run.learning_rate for run in runs if run.variant != "mlp"} == {0.01}
+    tried = [(run.variant, run.learning_rate) for run in tuning() if run.system == "SoftCoT"]
+    assert set(tried) == {(name, rate) for name in ("", *variants.TUNED) for rate in jobs.RATES["SoftCoT"]}
+    chains = [fields for fields in variants.VARIANTS.values() if "chain_init" in fields]
+    assert {fields.get("num_chains", 1) for fields in chains} == {1, 2, 4, 8}
+    assert all(work.VOTES_OF_CHAINS % fields.get("num_chains", 1) == 0 for fields in chains)
+
+
+def test_the_fields_of_a_variant_reach_its_config(tmp_path: Path) -> None:
+    for variant, fields in variants.VARIANTS.items():
+        config = work.build(Run("SoftCoT", variant=variant), EXAMPLES / "pair", tmp_path).config
+        assert {name: getattr(config, name) for name in fields} == fields
+        assert (config.assistant_model_name_or_path is None) == (config.thought_source == "base")
+
+
+def test_chains_answer_as_when_each_is_asked_alone() -> None:
+    sizes, run = Sizes(sampled=3, seen=2), Run("SoftCoT", seed=3)
+    config = {"num_chains": 4, "init_weights": False}
+    system = work.SoftCoT(EXAMPLES / "pair" / "base", EXAMPLES / "pair" / "assistant", 8, config)
+    asked = small_pair.problems(5, seed=0)
+    found = work.chains(system, asked, [], sizes, run)
+    prompts = [item["prompt"] for item in asked[:3]]
+    by_chain = [[text.rpartition("=")[2] for text in system.answer(prompts, chains=chain)] for chain in range(4)]
+    assert found["greedy"]["finals"] == [list(finals) for finals in zip(*by_chain, strict=True)]
+    assert found["greedy"]["wanted"] == [item["response"][-4:] for item in asked[:3]]
+    assert [len(finals) for finals in found["sampled"]["finals"]] == [work.VOTES_OF_CHAINS] * 3
+    read = [work.collect_thoughts(system.model, system.tokenizer, prompts[:2], chain=chain) for chain in range(4)]
+    pairs = [torch.cosine_similarity(read[i], read[j], dim=-1).mean() for i in range(4) for j in range(i)]
+    assert found["similarity"] == pytest.approx(float(sum(pairs) / 6), abs=1e-5)
+
+
+def test_what_lies_wholly_below_or_above_is_named() -> None:
+    shares = {"SoftCoT": Share(0.5, 0.4, 0.6), "mlp": Share(0.2, 0.1, 0.3), "K": Share(0.5, 0.3, 0.55)}
+    assert sections.worse(shares, "SoftCoT") == ["mlp (20.0 [10.0, 30.0])"]
+    assert sections.better(shares, "SoftCoT") == []
+    assert sections.better(shares, "mlp") == ["SoftCoT (50.0 [40.0, 60.0])"]
+
+
 def test_figures_are_made_for_light_and_dark_pages_and_are_the_same_each_time(tmp_path: Path) -> None:
     one = Share(0.5, 0.4, 0.6)
     drawings = {
@@ -167,7 +215,7 @@ def test_figures_are_made_for_light_and_dark_pages_and_are_the_same_each_time(tm
         assert (tmp_path / f"{name}-light.png").read_bytes() == light
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
 def test_the_whole_report_with_next_to_nothing_of_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -176,6 +224,12 @@ def test_the_whole_report_with_next_to_nothing_of_everything(
     report.main(["--small", "--output-dir", str(tmp_path / "runs"), "--docs", str(docs), "--processes", "2"])
     page = (docs / "results.md").read_text(encoding="utf-8")
     assert "100.0 [" in page  # Assist-CoT solves words untrained
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for name in (*variants.PARTS, *variants.CHAINS):
+        assert sum(line.startswith(f"| {name} | ") for line in rows) == 1 + (
+            name in ("K = 4, trained", "K = 4, fixed")
+        )
+    assert all(any(line.startswith(f"| `{name}` | ") for line in rows) for name in ("default", "zero", "matched"))
     named = set(re.findall(r'(?:src|srcset)="([^"]+)"', page))
     assert named == {f"figures/{path.name}" for path in (docs / "figures").iterdir()}
     # again, from what is kept: the same page, and nothing is done

@@ -6,10 +6,12 @@ import inspect
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from batches import next_logits
+from helpers import source_of
 from oracle import Oracle
 from peft import PeftModel
 from tiny_pair import QUESTIONS, Pair
@@ -99,6 +101,47 @@ def test_thoughts_are_read_off_in_batches(pair: Pair, model: PeftModel, oracle: 
     assert found.shape == (4, N, 32)
     for row, one in zip(pair.rows(QUESTIONS), found, strict=True):
         torch.testing.assert_close(one, oracle.thoughts(row).detach(), **CLOSE)
+
+
+def test_thoughts_of_a_chain_are_read_off(pair: Pair) -> None:
+    model = pair.model(num_chains=3, num_thought_tokens=N)
+    first, second, third = (analysis.collect_thoughts(model, pair.tokenizer, QUESTIONS, chain=k) for k in range(3))
+    assert torch.equal(first, analysis.collect_thoughts(model, pair.tokenizer, QUESTIONS))
+    assert not any(torch.allclose(one, other) for one, other in ((first, second), (first, third), (second, third)))
+    judge = Oracle.of(model, pair.base, pair.assistant, N)
+    for chain, found in enumerate((first, second, third)):
+        judge.vector = source_of(model).chains.weight[chain].detach()
+        for row, one in zip(pair.rows(QUESTIONS), found, strict=True):
+            torch.testing.assert_close(one, judge.thoughts(row).detach(), **CLOSE)
+    mean = analysis.mean_thoughts(model, pair.tokenizer, QUESTIONS, chain=2)
+    torch.testing.assert_close(mean, third.mean(0), **CLOSE)
+    with pytest.raises(ValueError, match="`chains` must name some of the adapter's 3"):
+        analysis.collect_thoughts(model, pair.tokenizer, QUESTIONS, chain=3)
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["7", "8", "8"], "8"),
+        (["7", "8", "8", "7"], "7"),  # equally frequent: the first
+        (["", None, "", None, "7"], "7"),
+        (["0"], "0"),
+        (("b", "a"), "b"),
+        ([None, ""], None),
+        ([], None),
+    ],
+)
+def test_the_most_frequent_answer_wins(answers: list[str | None], winner: str | None) -> None:
+    assert analysis.majority_vote(answers) == winner
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [("77", "must be a list of strings, got str"), (["7", 7], "must be strings or None, got 7")],
+)
+def test_what_cannot_vote_is_refused(answers: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"`answers` {message}"):
+        analysis.majority_vote(answers)
 
 
 def test_similarity_tells_collapsed_thoughts_from_different_ones() -> None:
