@@ -75,9 +75,9 @@ Accuracy as above. Training time is relative to SoftCoT's run with the same seed
 - strangers: {compared(found["strangers"])}
 - digits: {compared(digits)}
 
-**The base as source.** This base never learned to read words or names: where its training examples have them,
-they say a different problem than the hint in digits. Alone it solves {alone} of the problems in words. With thoughts of its
-own it solves at most {best["words"]}, with the assistant's {found["words"][PLAIN]}: without a second model, nobody
+**The base as source.** This base never learned to read words or names: where its training examples have them, they
+say a different problem than the hint in digits. Alone it solves {alone} of the problems in words. With thoughts of
+its own it solves at most {best["words"]}, with the assistant's {found["words"][PLAIN]}: without a second model, nobody
 reads for it. Among strangers, whose numbers neither model knows, it solves at most {best["strangers"]}, with the
 assistant {found["strangers"][PLAIN]}. No kind of problem of this pair lets a base gain from reading for itself: it was
 trained on problems in digits alone, and solves {own} of them without thoughts. What a large base gains from thoughts
