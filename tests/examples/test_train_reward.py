@@ -24,15 +24,14 @@ pytestmark = [
 
 
 def test_a_poor_adapter_earns_more_after_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--steps", "8", "--prompts", "8", "--held-out", "40", "--output-dir", str(tmp_path)]
-    train_reward.main(options)
+    options = "--seed 1 --steps 16 --prompts 8 --held-out 60 --output-dir"
+    train_reward.main([*options.split(), str(tmp_path)])
     printed = capsys.readouterr().out
-    values = {name: float(value) for name, value in re.findall(r"^\| (\D*) \| ([01]\.\d{3}) \|", printed, re.M)}
+    values = {name: float(value) for name, value in re.findall(r"^\| ([^|\n]+) \| ([01]\.\d{3}) \|", printed, re.M)}
     before, after, *controls = values.values()
-    print(values)
     assert list(values)[:2] == ["SoftCoT, before", "SoftCoT, after"]
-    assert before < 0.4
-    assert after > before + 0.05
+    assert before < 0.3
+    assert after > before + 0.1
     assert len(controls) == 3
     assert max(controls) < 0.1
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
