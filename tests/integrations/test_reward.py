@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from batches import next_logits
-from helpers import assistant_of, backbone_of, break_assistants, is_loaded, projection_of, sources_of
+from helpers import assistant_of, assistant_passes, backbone_of, break_assistants, is_loaded, projection_of, sources_of
 from oracle import Oracle
 from peft import PeftModel
 from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
@@ -119,8 +119,10 @@ def test_grpo_scores_completions_by_the_thoughts_that_sampled_them(
         return found
 
     monkeypatch.setattr(run, "_get_per_token_logps_and_entropies", record)
-    run.train()
-    assert len(scored) == 2  # the reference and the policy
+    with assistant_passes(run.model) as passes:
+        run.train()
+    assert len(passes) == 3  # to sample, for the reference, and to score
+    assert len(scored) == 2
     run_id = pair.tokenizer.convert_tokens_to_ids("<thought>")
     for ids, mask, log_probs in scored:
         width = log_probs.shape[1]
