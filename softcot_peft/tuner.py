@@ -169,7 +169,8 @@ class SoftCoTModel(BaseTuner):
         raise ValueError(
             "A SoftCoT adapter cannot be merged: its thoughts depend on the prompt, so no change of the base's "
             "weights equals them. Keep the adapter loaded (`save_pretrained` writes a few MB), or call `unload()` to "
-            "get the plain base back."
+            "get the plain base back. Trainers that sample with vLLM merge adapters into the weights that they send: "
+            "set `use_vllm=False`, because the engine would sample without thoughts."
         )
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # peft annotates None and returns the base

@@ -15,8 +15,9 @@ from transformers.utils import CONFIG_NAME
 
 from ..compat.engines import is_whole
 from ..compat.releases import tokenizer_state
+from .fixed_date import DATE
 from .frozen_lm import FrozenLM
-from .prompt_reader import DATE, PromptReader
+from .prompt_reader import PromptReader
 
 _SAMPLES = 64  # values per tensor
 

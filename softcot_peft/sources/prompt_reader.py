@@ -14,15 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SoftCoTConfig
+from .fixed_date import FIXED_DATE
 from .frozen_lm import FrozenLM
-
-# The date that chat templates render as today: the fallback date of Llama 3.2's template. A macro replaces
-# transformers' function `strftime_now`, since a template's arguments are converted to plain data (transformers 5.23).
-DATE = "2024-07-26"
-_DIRECTIVES = f"""%F {DATE} %Y 2024 %y 24 %m 07 %-m 7 %B July %b Jul %d 26 %-d 26 %e 26 %A Friday %a Fri %j 208
-    %T 00:00:00 %H 00 %-H 0 %I 12 %-I 12 %p AM %M 00 %S 00""".split()
-_REPLACEMENTS = "".join(map(" | replace('{}', '{}')".format, _DIRECTIVES[::2], _DIRECTIVES[1::2]))
-_FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACEMENTS} }}}}{{% endmacro %}}\n"
 
 # A user message that shows whether a chat template changes, truncates or drops text.
 _PROBE = " \"Is 3 < 4 && x_1 == 'é'?\" <b>No:</b>\n\n\t- {{ a }} \\n\n" + "  Tom has 12 apples, and eats 7.\n" * 300
@@ -154,10 +147,13 @@ class PromptReader:
         return bool(self._dropped_words([_RARE_CHARACTER]))
 
     def _dropped_words(self, words: Iterable[str]) -> list[str]:
-        """Return the words that the assistant's tokenizer drops or maps to the unknown token."""
-        words, unknown = list(words), self.assistant.tokenizer.unk_token_id
-        rows = self._ids(words, add_special_tokens=False, split_special_tokens=True) if words else []
-        return [word for word, row in zip(words, rows, strict=True) if not row or unknown in row]
+        """Return the words that the assistant's tokenizer drops or maps to unk, both alone and after a space."""
+        lost, unknown = list(words), self.assistant.tokenizer.unk_token_id
+        for space in ("", " "):  # some vocabularies have words only with the space before them
+            texts = [space + word for word in lost]
+            rows = self._ids(texts, add_special_tokens=False, split_special_tokens=True) if texts else []
+            lost = [word for word, row in zip(lost, rows, strict=True) if not row or unknown in row]
+        return lost
 
     @property
     def _uses_chat_template(self) -> bool:
@@ -177,7 +173,7 @@ class PromptReader:
         message, tokenizer = [{"role": "user", "content": content}], self.assistant.tokenizer
         try:
             chat = tokenizer.get_chat_template()
-            chat = _FIXED_DATE + chat if "strftime_now" in chat else chat
+            chat = FIXED_DATE + chat if "strftime_now" in chat else chat
             rendered = str(
                 tokenizer.apply_chat_template(message, chat_template=chat, add_generation_prompt=True, tokenize=False)
             )

@@ -454,6 +454,19 @@ def test_words_that_a_tokenizer_drops_are_said_too(pair: Pair) -> None:
 
 
 @pytest.mark.filterwarnings("error:The tokenizer of the assistant:UserWarning")
+def test_words_that_a_tokenizer_knows_only_after_a_space_are_not_lost(pair: Pair) -> None:
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "<eos>", "Tom", " has", " seven", " dogs"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[A-Za-z]+"), behavior="isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    name = use_assistant(AutoModelForCausalLM.from_pretrained(pair.assistant), tokenizer, name="mine")
+    model = pair.model(assistant_model_name_or_path=name)
+    assert read(model, ["Tom has seven dogs"], pair.tokenizer) == [[2, 3, 4, 5]]
+    with pytest.warns(UserWarning, match=rf"{LOSES} \['cats'\]"):
+        read(model, ["Tom has cats"], pair.tokenizer)
+
+
+@pytest.mark.filterwarnings("error:The tokenizer of the assistant:UserWarning")
 def test_tokenizers_of_bytes_lose_nothing(pair: Pair) -> None:
     model = pair.model(assistant_model_name_or_path=str(pair.twin), assistant_shares_tokenizer=False)
     texts = ["日本 \N{GRINNING FACE} <b>12</b>"]
