@@ -19,7 +19,7 @@ from oracle import Oracle
 from peft import PeftModel, get_peft_model
 from project_files import rewrite
 from tiny_pair import BASE_TEMPLATE, QUESTIONS, Pair, make_assistant_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
