@@ -39,23 +39,22 @@ class SoftCoTConfig(PeftConfig):
             A run of `thought_token` takes precedence. `None`: no marker.
         assistant_prompt: Template of what the assistant reads, with `{prompt}` and optionally `{num_thought_tokens}`.
             It is rendered with the assistant's chat template if there is one. `None`: the prompt only.
-        assistant_prefix: What the assistant's own turn begins with, before the thought positions; may contain
-            `{num_thought_tokens}`.
+        assistant_prefix: What the assistant's own turn begins with, before the thought positions, as in the paper;
+            may contain `{num_thought_tokens}`.
         assistant_prompt_between: Two literal texts, each of which occurs once in every prompt: the assistant reads
-            what stands between them, such as the question alone.
+            what stands between them, such as the question alone, as in the paper.
         assistant_thought_token: Token at the thought positions of the assistant's input. `None`: the assistant's unk
             token, else its eos token, else its pad token.
         assistant_shares_tokenizer: `True`: the assistant reads the prompt's ids. `False`: prompts are decoded and
-            tokenized for the assistant. `None`: `True` if both tokenizers have the same vocabulary and there is no
-            `assistant_prompt`.
+            tokenized for the assistant. `None`: `True` if both tokenizers have the same vocabulary, and no
+            `assistant_prompt`, `assistant_prefix` or `assistant_prompt_between` changes the text.
         tokenizer_name_or_path: Hub id or folder of the base's tokenizer if it is not with the base.
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`. `"auto"`: the checkpoint's dtype.
         thought_source: Name of the thought source that reads the prompt: `"assistant"`; `"base"`, the base itself,
-            without a second model; or a name registered with [`~softcot_peft.sources.register_source`].
-        projection: Name of the module that maps the source's states to soft thoughts: `"linear"`, or a name registered
-            with [`~softcot_peft.sources.register_projection`]. `"linear"`: one layer (section 3 of arXiv 2502.12134);
-            `"mlp"`: two, with a GELU between them; `"per_position"`: a layer for each thought position (Self-SoftCoT,
-            ACL 2026).
+            without a second model (Self-SoftCoT, ACL 2026); or a name registered with [`~softcot_peft.sources.register_source`].
+        projection: Name of the module that maps the source's states to soft thoughts. `"linear"`: one layer (section 3
+            of arXiv 2502.12134); `"mlp"`: two, with a GELU between them; `"per_position"`: a layer for each thought
+            position (Self-SoftCoT); or a name registered with [`~softcot_peft.sources.register_projection`].
         projection_init: `"default"`: the default initialisation of linear layers. `"identity"`: thoughts begin as the
             source's states, which must be as wide as the base's embeddings. `"zero"`: thoughts begin as zero vectors.
             `"matched"`: as `"default"`, scaled so that thoughts begin with the norm of the base's token embeddings.

@@ -64,6 +64,11 @@ class ThoughtSource(nn.Module, ABC):
 
     def __init__(self, config: SoftCoTConfig, base: BaseLM) -> None:
         super().__init__()
+        if config.base_hidden_size not in (None, base.hidden_size):
+            raise ValueError(
+                f"The adapter was trained for a base whose embeddings are {config.base_hidden_size} wide, but this "
+                f"base's are {base.hidden_size}. Load it with the base in its `base_model_name_or_path`."
+            )
         self.config = config
         self.base = base
         self.base_tokenizer = base_tokenizer(config, base.name_or_path) if self._needs_tokenizer(config) else None

@@ -15,6 +15,7 @@ from oracle import Oracle
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_pair import ANSWERS, QUESTIONS, Pair
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from softcot_peft import SoftCoTConfig, compute_thoughts, use_thoughts
 
@@ -173,6 +174,13 @@ def test_it_is_saved_and_loaded(pair: Pair, tmp_path: Path, load: Callable[[Pair
     assert saved["thought_source"] == "base"
     assert saved["assistant_model_name_or_path"] is None
     check_tokens(load(pair, tmp_path).eval(), pair, judge(model, pair))
+
+
+def test_a_base_of_another_width_is_named(pair: Pair, tmp_path: Path) -> None:
+    attach(pair).save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(pair.assistant)
+    with pytest.raises(ValueError, match="trained for a base whose embeddings are 32 wide, but this base's are 24"):
+        PeftModel.from_pretrained(other, tmp_path)
 
 
 def test_its_states_are_computed_once(pair: Pair) -> None:
