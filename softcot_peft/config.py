@@ -51,7 +51,8 @@ class SoftCoTConfig(PeftConfig):
         tokenizer_name_or_path: Hub id or folder of the base's tokenizer if it is not with the base.
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`. `"auto"`: the checkpoint's dtype.
         thought_source: Name of the thought source that reads the prompt: `"assistant"`; `"base"`, the base itself,
-            without a second model (Self-SoftCoT, ACL 2026); or a name registered with [`~softcot_peft.sources.register_source`].
+            without a second model (Self-SoftCoT, ACL 2026); or a name registered with
+            [`~softcot_peft.sources.register_source`].
         projection: Name of the module that maps the source's states to soft thoughts. `"linear"`: one layer (section 3
             of arXiv 2502.12134); `"mlp"`: two, with a GELU between them; `"per_position"`: a layer for each thought
             position (Self-SoftCoT); or a name registered with [`~softcot_peft.sources.register_projection`].
