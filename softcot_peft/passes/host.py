@@ -135,7 +135,13 @@ class Host:
             if input_ids is None:
                 raise ValueError("`input_ids` must be given for the assistant to read, got none.")
             batch = Prompts(*prompts(input_ids, placement), device, chains)
-            return source.read(batch, num) if afresh else source.states(batch, num)
+            states = source.read(batch, num) if afresh else source.states(batch, num)
+        if states.dim() != 4 or states.shape[:3] != (len(placement.start), len(chains), num):
+            raise ValueError(
+                f"`read` of thought source {source.kind!r} must return states of the shape (B, C, N, H), here "
+                f"({len(placement.start)}, {len(chains)}, {num}, H), got {tuple(states.shape)}."
+            )
+        return states
 
     def read_into(
         self, source: ThoughtSource, prompt_ids: Tensor, prompt_mask: Tensor, num_thoughts: int, cache: Any = None

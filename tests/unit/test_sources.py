@@ -241,3 +241,13 @@ def test_a_source_must_read_and_project(pair: Pair) -> None:
     config = SoftCoTConfig(task_type="CAUSAL_LM", thought_source="neither")
     with pytest.raises(TypeError, match=r"abstract class Neither .*project.*read"):
         get_peft_model(pair.load_base(), config)
+
+
+def test_a_source_must_return_the_chains_that_are_asked_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_table()
+    model = attach(pair).eval()
+    source = source_of(model)
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda *args: read(*args)[:, 0])
+    with pytest.raises(ValueError, match=r"must return states of the shape \(B, C, N, H\), here \(4, 1, \d+, H\)"):
+        model.generate(**pair.batch(QUESTIONS), max_new_tokens=1)
