@@ -74,7 +74,7 @@ def insert_thoughts(
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
         if name == "position_ids":
-            inputs[name] = insert_positions(value, start, num)
+            inputs[name] = insert_positions(value, start, num, (placement.before - seen).clamp(min=0))
         elif name == "inputs_embeds" and thoughts is not None:
             inputs[name] = insert(value, start, num, thoughts.to(value), column)
         elif name == "shift_labels":  # already shifted: the last thought predicts the first label

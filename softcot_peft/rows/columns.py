@@ -49,16 +49,18 @@ def take(values: Tensor, columns: Tensor) -> Tensor:
     return picked.unflatten(0, columns.shape)
 
 
-def insert_positions(position_ids: Tensor, start: Tensor, num: int) -> Tensor:
+def insert_positions(position_ids: Tensor, start: Tensor, num: int, before: Tensor | None = None) -> Tensor:
     """Insert columns into position ids: they continue the positions before them, and later positions shift by `num`.
 
-    From `(..., B or 1, L)` to `(..., B, L + num)`; `start` `(B,)` is at least 1.
+    From `(..., B or 1, L)` to `(..., B, L + num)`; `start` `(B,)` is at least 1. `before` `(B,)` is the column that
+    they continue; `None`: the one before `start`.
     """
     position_ids = position_ids.expand(*position_ids.shape[:-2], start.shape[0], -1)
     length = position_ids.shape[-1]
     columns = torch.arange(length + num, device=position_ids.device)
     offset = columns - start.to(position_ids.device)[:, None]  # (B, L + num)
-    source = torch.where(offset >= 0, (columns - num).maximum(start.to(columns.device)[:, None] - 1), columns)
+    continued = (start - 1 if before is None else before).to(columns.device)[:, None]
+    source = torch.where(offset >= num, columns - num, torch.where(offset >= 0, continued, columns))
     shift = (offset + 1).clamp(0, num)
     return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1)) + shift
 

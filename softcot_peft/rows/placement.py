@@ -45,6 +45,16 @@ class Placement:
         earliest, latest = self.earliest - seen, self.latest - seen
         return replace(self, start=self.start - seen, earliest=earliest, latest=latest)
 
+    @property
+    def before(self) -> Tensor:
+        """Column of the last attended token before the thoughts of each row, `(B,)`; a mask may have holes."""
+        mask = self.attention_mask
+        if mask is None or not self.padded:
+            return self.start - 1
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        earlier = (mask != 0) & (columns < self.start.to(mask.device)[:, None])
+        return torch.where(earlier, columns, -1).amax(1)
+
     def expand(self, rows: int) -> Placement:
         """Repeat each row for its beams or returned sequences, which are adjacent."""
         times = rows // self.start.shape[0]
