@@ -6,6 +6,7 @@ from .registration import add_peft_type, register
 
 if TYPE_CHECKING:
     from .precompute import compute_thoughts, use_thoughts
+    from .serving import prompt_embeds
 
 add_peft_type()  # before the config is imported, whose `peft_type` is this member
 
@@ -24,6 +25,7 @@ __all__ = [
     "SoftCoTModel",
     "__version__",
     "compute_thoughts",
+    "prompt_embeds",
     "split_conversations",
     "use_assistant",
     "use_thoughts",
@@ -33,11 +35,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import precomputation when it is first asked for: few programs use it, and it brings all passes."""
+    """Import precomputation and serving when they are first asked for: few programs use them, and all passes come."""
     if name in ("compute_thoughts", "use_thoughts"):
         from . import precompute
 
         return getattr(precompute, name)
+    if name == "prompt_embeds":
+        from . import serving
+
+        return serving.prompt_embeds
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

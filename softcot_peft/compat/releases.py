@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -52,3 +53,16 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
         return json.dumps([type(tokenizer).__name__, *words]).encode()
     # Drops truncation and padding of the last call, which come first (tokenizers 0.23). Parsing would take a second.
     return str(backend.to_str()).rpartition('"added_tokens":[')[2].encode()
+
+
+@torch.no_grad()
+def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """Give the buffers of a module on the meta device the values that no file has, such as an embedding's scale.
+
+    `_init_weights` is private in transformers, but the only method that makes them (5.23). It is called while the
+    weights are on the meta device, and does nothing to them.
+    """
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device=device))
+        model._init_weights(part)

@@ -18,6 +18,7 @@ PUBLIC = {
     "softcot_peft.analysis",
     "softcot_peft.convert",
     "softcot_peft.live_rows",
+    "softcot_peft.serving",
     "softcot_peft.sources",
 }  # modules that tests may import from anywhere
 FILES = sorted(path for path in TESTS.rglob("*.py") if path.name not in ("helpers.py", "test_layout.py"))
@@ -64,7 +65,8 @@ def test_only_helpers_reaches_into_the_package() -> None:
 ORDER = (  # imports point from later ones to earlier ones
     "_version", "running", "compat", "rows", "checkpoint", "registration", "config_checks", "config", "sources",
     "embedding", "passes", "guards", "check_base", "hooks", "attached", "loading", "tuner", "precompute", "_controls",
-    "_votes", "analysis", "convert", "live_rows", "chat_template", "conversations", "__init__",
+    "_votes", "analysis", "convert", "live_rows", "chat_template", "conversations", "serving",
+    "__init__",
 )  # fmt: skip
 PACKAGE = ROOT / "softcot_peft"
 
