@@ -53,9 +53,7 @@ class Sizes:
     assistant_steps: int = 1500
 
 
-SMALL = Sizes(
-    seeds=(0,), steps=2, batch=2, asked=4, sampled=3, seen=2, base_steps=40, assistant_steps=40
-)  # to try it
+SMALL = Sizes(seeds=(0,), steps=2, batch=2, asked=4, sampled=3, seen=2, base_steps=40, assistant_steps=40)  # to try it
 
 
 def perform(job: Job, sizes: Sizes, pair: Path, made: Path) -> Result:
