@@ -68,6 +68,8 @@ def cases(draw: DrawFn) -> Case:
             fields["assistant_prefix"] = PREFIX
         if draw(st.booleans()):
             fields["assistant_prompt_between"] = [BEFORE, AFTER]
+    if "projection_init" not in fields and draw(st.integers(0, 3)) == 0:
+        fields |= {"projection_init": "matched", "init_weights": True}
     run = draw(st.booleans())
     return Case(
         fields | (RUN if run else {}),

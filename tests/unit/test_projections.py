@@ -93,7 +93,17 @@ def test_identity_begins_with_the_sources_states(pair: Pair, kind: str) -> None:
     torch.testing.assert_close(soft_thoughts(model, batch), next_states(model, batch), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("fields", [{}, {"thought_source": "base"}, {"assistant_shares_tokenizer": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"thought_source": "base"},
+        {"assistant_shares_tokenizer": True},
+        {"num_chains": 2},
+        {"assistant_prompt": "Hint: {prompt}", "assistant_prefix": "In {num_thought_tokens}:"},
+        {"assistant_prompt_between": ["many ", " dogs"]},
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_matched_begins_with_the_norm_of_token_embeddings(pair: Pair, kind: str, fields: dict[str, Any]) -> None:
     if "assistant_shares_tokenizer" in fields:
@@ -105,7 +115,8 @@ def test_matched_begins_with_the_norm_of_token_embeddings(pair: Pair, kind: str,
     norms = base.get_input_embeddings().weight.norm(dim=-1)
     torch.manual_seed(0)
     model = get_peft_model(base, SoftCoTConfig(**options | fields)).eval()
-    found = soft_thoughts(model, pair.batch(QUESTIONS)).norm(dim=-1).mean()
+    questions = QUESTIONS[1:2] if "assistant_prompt_between" in fields else QUESTIONS
+    found = soft_thoughts(model, pair.batch(questions)).norm(dim=-1).mean()
     assert 0.6 < found / norms.median() < 1.7
     plain = options | fields | {"projection_init": "default"}
     torch.manual_seed(0)
