@@ -82,7 +82,7 @@ class Embedder:
                 no safetensors, or the base reads ids beside embeddings.
         """
         where = {"revision": revision, "subfolder": subfolder}
-        options = {name: value for name, value in where.items() if value is not None}
+        options: dict[str, Any] = {name: value for name, value in where.items() if value is not None}
         config = PeftConfig.from_pretrained(str(adapter), **options)
         name = _check(config, None if base is None else str(base))
         commit = config.revision if name == config.base_model_name_or_path else None
@@ -111,8 +111,11 @@ class Embedder:
         """
         device = self.model.get_input_embeddings().weight.device
         own = {"assistant_input_ids": assistant_input_ids, "assistant_attention_mask": assistant_attention_mask}
-        ids, mask = (value.to(device) if isinstance(value, Tensor) else value for value in (input_ids, attention_mask))
-        return prompt_embeds(self.model, ids, mask, chains=chains, **own)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **own}
+        inputs: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()
+        }
+        return prompt_embeds(self.model, **inputs, chains=chains)
 
 
 def _check(config: PeftConfig, base: str | None) -> str:
@@ -140,12 +143,13 @@ def _with_embedding(
     try:
         revision = commit_of(name, revision) or revision
         config = read_config(name, revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # untrusted files can fail anywhere
         raise ValueError(
             f"`base` must be the Hub id or folder of a decoder LM, got {name!r}: {error} {missing_folder(name)}"
         ) from error
-    model, path = _build(config, dtype)
-    matrix = _matrix(name, revision, f"{path}.weight", model, device, dtype or config.dtype)
+    wanted: Any = dtype or config.dtype  # transformers reads the names of dtypes as dtypes
+    model, path = _build(config, wanted)
+    matrix = _matrix(name, revision, f"{path}.weight", model, device, wanted)
     if matrix.dtype != model.dtype:  # neither the caller nor the config says
         model, path = _build(config, matrix.dtype)
     embedding = model.get_input_embeddings()
@@ -153,7 +157,7 @@ def _with_embedding(
     fill_buffers(model, embedding, device)
     embedding.weight = matrix
     with suppress(OSError):  # if there is none, the model's is made from its config
-        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return model.requires_grad_(False).eval()
 
 
@@ -161,7 +165,7 @@ def _build(config: PretrainedConfig, dtype: torch.dtype | None) -> tuple[PreTrai
     """Return a base without weights, and the name of its input embedding."""
     with loaded_whole(), meta_model():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False
+            config, dtype=dtype or torch.float32, trust_remote_code=False
         )
     path = check_base(model)
     parameters = [name for name, _ in model.get_input_embeddings().named_parameters()]

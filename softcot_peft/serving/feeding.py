@@ -50,20 +50,20 @@ def check_feeding(host: Host, input_ids: Tensor, embeds: Tensor, start: int, sta
     ids = input_ids[:, first:end]
     by_ids.writing = Writing(host.layer, states, torch.tensor([start - first], device=ids.device), ids.shape)
     with evaluating(host.model):
-        expected = _last_logits(by_ids, {"input_ids": ids})
+        expected = _logits(by_ids, {"input_ids": ids})
         by_ids.check_written()
         try:
-            found = _last_logits(by_embeds, {"inputs_embeds": embeds[:, first:end]})
+            found = _logits(by_embeds, {"inputs_embeds": embeds[:, first:end]})
         except Exception as error:  # models fail in many ways without ids
             raise ValueError(_message(host.model, f"it fails without ids: {error}")) from error
-    if (found - expected).norm() > _DIFFERENCE * expected.norm():
+    if ((found - expected).norm(dim=-1) > _DIFFERENCE * expected.norm(dim=-1)).any():
         raise ValueError(_message(host.model, "its logits differ"))
     _tried.add(host.model)
 
 
-def _last_logits(by: Pass, inputs: dict[str, Any]) -> Tensor:
+def _logits(by: Pass, inputs: dict[str, Any]) -> Tensor:
     logits: Tensor = by.run({**inputs, "use_cache": False, "return_dict": True}).logits
-    return logits[:, -1].float()
+    return logits.float()
 
 
 @torch.no_grad()
