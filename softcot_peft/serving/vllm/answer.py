@@ -13,7 +13,7 @@ import torch
 
 from ..batches import Batches
 from .inputs import with_thoughts, without_thoughts
-from .private import ErrorResponse, adapter_handler
+from .private import ErrorResponse, adapter_handler, with_chat_template
 
 _OWN = "softcot_prompt"  # key of an engine's input: the caller's ids
 USAGE = "thought_tokens"  # field of a response's `usage`
@@ -27,6 +27,7 @@ class Adapter:
     path: str
     batches: Batches  # makes its embeddings
     dtype: torch.dtype  # the engine's
+    chat_template: str | None = None  # `None`: the server's
 
 
 class Answers:
@@ -76,7 +77,7 @@ class AdapterRenderer:
     """
 
     def __init__(self, renderer: Any, adapter: Adapter) -> None:
-        self._renderer = renderer
+        self._renderer = with_chat_template(renderer, adapter.chat_template)
         self._adapter = adapter
         self.thoughts = 0  # how many positions thoughts take beside the tokens of the prompts
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from ...attached import layer_of
 from ..batches import Embed
 from ..embedder import Embedder
 
 
-def load_embedders(paths: Mapping[str, str], model_config: Any, device: str) -> dict[str, Embed]:
-    """Return functions that embed prompts, by adapter. Adapters share the embedding matrix and assistants.
+@dataclass(frozen=True)
+class Loaded:
+    """What an adapter needs beside the engine."""
+
+    embed: Embed
+    embeddings: Any  # the base's input embedding
+    chat_template: str | None  # saved with the adapter, such as that of `with_thought_tokens`; `None`: the base's
+
+
+def load_adapters(paths: Mapping[str, str], model_config: Any, device: str) -> dict[str, Loaded]:
+    """Load adapters, by name. They share the embedding matrix and assistants.
 
     Args:
         paths: Hub ids or folders of adapters, by name.
@@ -34,8 +46,19 @@ def load_embedders(paths: Mapping[str, str], model_config: Any, device: str) -> 
             _load_assistant(embedder)
         except Exception as error:  # the files are a stranger's
             raise ValueError(f"The adapter {name!r} ({path}) cannot be served with this base: {error}") from error
-        found[name] = _embed(embedder)
+        found[name] = Loaded(_embed(embedder), layer_of(embedder.model).base_layer, _chat_template(path))
     return found
+
+
+def _chat_template(path: str) -> str | None:
+    """Return the chat template in an adapter's folder, if any."""
+    file = cached_file(
+        path,
+        "chat_template.jinja",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else Path(file).read_text(encoding="utf-8")
 
 
 def _base(model_config: Any) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
 
-from ..batches import Embed
+from .check_fit import SAMPLING, check_outputs, prompts
 from .inputs import with_thoughts, without_thoughts
-from .load import load_embedders
+from .load import load_adapters
 from .private import tokenize
 
 _ROWS = 32  # prompts that an assistant reads at once
@@ -43,7 +43,11 @@ class SoftCoTLLM(LLM):
         self, model: str, *, adapters: Mapping[str, str], adapter_device: str = "cpu", **options: Any
     ) -> None:
         super().__init__(model, **{**options, "enable_prompt_embeds": True})
-        self._embedders: dict[str, Embed] = load_embedders(adapters, self.model_config, adapter_device)
+        self._adapters = load_adapters(adapters, self.model_config, adapter_device)
+        dtype = self.model_config.dtype
+        for adapter in list(self._adapters.values())[:1]:
+            outputs = super().generate(prompts(adapter.embeddings, dtype), SAMPLING, use_tqdm=False)
+            check_outputs(outputs, dtype)
 
     def generate(
         self,
@@ -103,21 +107,23 @@ class SoftCoTLLM(LLM):
         if adapter is None:
             return super().chat(messages, sampling_params, use_tqdm, **options)
         conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        if options.get("chat_template") is None and adapter in self._adapters:
+            options["chat_template"] = self._adapters[adapter].chat_template
         inputs = tokenize(self, conversations, True, **options)
         return self._run(adapter, inputs, sampling_params, {"use_tqdm": use_tqdm})
 
     def _run(
         self, adapter: str, inputs: list[dict[str, Any]], sampling_params: Any, options: dict[str, Any]
     ) -> list[RequestOutput]:
-        if adapter not in self._embedders:
+        if adapter not in self._adapters:
             raise ValueError(
-                f"`adapter` must be one of those that the engine was started with, {sorted(self._embedders)}, got "
+                f"`adapter` must be one of those that the engine was started with, {sorted(self._adapters)}, got "
                 f"{adapter!r}."
             )
         rows: list[Any] = [given.get("prompt_token_ids") for given in inputs]
         if any(row is None or given["type"] != "token" for row, given in zip(rows, inputs, strict=True)):
             raise ValueError("`prompts` must be texts or ids to be combined with thoughts, got something else.")
-        embed = self._embedders[adapter]
+        embed = self._adapters[adapter].embed
         embeds = [each for start in range(0, len(rows), _ROWS) for each in embed(rows[start : start + _ROWS])]
         prompts = [
             {**with_thoughts(row, each, adapter, given.get("cache_salt")), "prompt": given.get("prompt")}

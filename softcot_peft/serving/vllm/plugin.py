@@ -10,13 +10,16 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+import torch
+
 from ..batches import Batches
 from ..refuse_embeds import RefuseEmbeds
 from ..settings import ADAPTERS, read_adapters, read_device
 from .answer import Adapter, Answers
 from .check import NAME
-from .load import load_embedders
-from .private import HANDLERS, adapter_card, check_handlers
+from .check_fit import SAMPLING, check_outputs, prompts
+from .load import load_adapters
+from .private import HANDLERS, adapter_card, check_handlers, engine_inputs
 
 
 class SoftCoTPlugin:
@@ -50,9 +53,12 @@ class SoftCoTPlugin:
         config, models = engine_client.vllm_config, state.openai_serving_models
         _check_options(config)
         _check_names(paths, [path.name for path in models.base_model_paths], list(models.lora_requests))
-        batches = Batches(load_embedders(paths, config.model_config, read_device()))
-        dtype = config.model_config.dtype
-        adapters = {name: Adapter(name, path, batches, dtype) for name, path in paths.items()}
+        loaded, dtype = load_adapters(paths, config.model_config, read_device()), config.model_config.dtype
+        await _check_fit(engine_client, next(iter(loaded.values())).embeddings, dtype)
+        batches = Batches({name: adapter.embed for name, adapter in loaded.items()})
+        adapters = {
+            name: Adapter(name, path, batches, dtype, loaded[name].chat_template) for name, path in paths.items()
+        }
         for attribute, method in HANDLERS.items():
             setattr(state, attribute, Answers(getattr(state, attribute), method, adapters))
         state.openai_serving_models = ListedModels(models, adapters)
@@ -79,6 +85,16 @@ class ListedModels:
         base = self._models.base_model_paths[0].name
         listed.data += [adapter_card(adapter.name, adapter.path, base) for adapter in self._adapters.values()]
         return listed
+
+
+async def _check_fit(engine: Any, embeddings: Any, dtype: torch.dtype) -> None:
+    """Send the engine the same prompt as ids and as embeddings."""
+    outputs = []
+    for number, prompt in enumerate(engine_inputs(engine.renderer, prompts(embeddings, dtype))):
+        async for output in engine.generate(prompt, SAMPLING, f"softcot-check-{number}"):
+            last = output
+        outputs.append(last)
+    check_outputs(outputs, dtype)
 
 
 def _check_options(config: Any) -> None:

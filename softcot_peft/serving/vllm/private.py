@@ -3,6 +3,7 @@
 - `OpenAIServingChat` and `OpenAIServingCompletion` answer requests. They get the prompt's tokens from
   `online_renderer`, names from `models`, and tokens from `engine_client`; a shallow copy with these three replaced
   answers for an adapter. Their constructors take twenty arguments that change with each release.
+- `OnlineRenderer.chat_template` is the server's chat template; an adapter may have its own.
 - `app.state` holds the handlers that the routes use, `openai_serving_*`. Plugins are given it to initialise.
 - `LLM._preprocess_cmpl` and `LLM._preprocess_chat` tokenize prompts and conversations as `generate` and `chat` do.
 """
@@ -16,7 +17,16 @@ from typing import Any
 from vllm import LLM
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 
-__all__ = ["HANDLERS", "ErrorResponse", "adapter_card", "adapter_handler", "check_handlers", "tokenize"]
+__all__ = [
+    "HANDLERS",
+    "ErrorResponse",
+    "adapter_card",
+    "adapter_handler",
+    "check_handlers",
+    "engine_inputs",
+    "tokenize",
+    "with_chat_template",
+]
 
 HANDLERS = {"openai_serving_chat": "create_chat_completion", "openai_serving_completion": "create_completion"}
 _PARTS = ("online_renderer", "models", "engine_client")
@@ -41,6 +51,15 @@ def check_handlers(state: Any) -> None:
             )
 
 
+def with_chat_template(online_renderer: Any, chat_template: str | None) -> Any:
+    """Return a renderer of requests with another chat template; the same one if there is none."""
+    if chat_template is None:
+        return online_renderer
+    copied = copy.copy(online_renderer)
+    copied.chat_template = chat_template
+    return copied
+
+
 def adapter_handler(handler: Any, online_renderer: Any, models: Any, engine_client: Any) -> Any:
     """Return a copy of a handler that answers for an adapter."""
     copied = copy.copy(handler)
@@ -52,6 +71,11 @@ def adapter_handler(handler: Any, online_renderer: Any, models: Any, engine_clie
 def adapter_card(name: str, path: str, parent: str) -> ModelCard:
     """Return what the list of models says about an adapter; the same as about a LoRA."""
     return ModelCard(id=name, root=path, parent=parent, permission=[ModelPermission()])
+
+
+def engine_inputs(renderer: Any, prompts: Sequence[Any]) -> list[Any]:
+    """Return prompts of ids or embeddings as the engine takes them."""
+    return list(renderer.render_cmpl(prompts))
 
 
 def tokenize(llm: LLM, prompts: Sequence[Any], chat: bool, **options: Any) -> list[dict[str, Any]]:
