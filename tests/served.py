@@ -108,12 +108,12 @@ def make_served(root: Path) -> Served:
         model = pair.model(**changes)
         for weight in model.parameters():
             if weight.requires_grad:
-                weight.data += 0.05 * number * torch.randn_like(weight)
+                weight.data += 0.5 * number * torch.randn_like(weight)
         model.save_pretrained(root / name)
         adapters[name] = root / name
     marked = with_thought_tokens(pair.tokenizer, model.peft_config["default"])
     marked.save_pretrained(adapters["run"])
-    adapters["failing"] = root / "failing"  # with the thought source of serving/serve.py
+    adapters["failing"] = root / "failing"  # with the thought source of serve.py
     shutil.copytree(adapters["first"], adapters["failing"])
     config = adapters["failing"] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"thought_source": "failing"}))
@@ -153,7 +153,7 @@ class Server:
             **(environment or {}),
         }
         self.log = log
-        command = [sys.executable, str(ROOT / "tests/serving/serve.py"), "--model", str(served.pair.base)]
+        command = [sys.executable, str(ROOT / "tests/serve.py"), "--model", str(served.pair.base)]
         command += ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
         command += ["--enforce-eager", "--max-model-len", str(LENGTH), "--block-size", "32"]
         command += ["--enable-prompt-embeds", *(options or [])]

@@ -24,7 +24,7 @@ BODIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no run": ({"model": "run"}, 400, "every prompt must hold a run"),
     "unknown id": ({"prompt": [99999]}, 400, "base's vocabulary"),
     "beams": ({"use_beam_search": True, "n": 2}, 400, "`use_beam_search` must not be set"),
-    "prompt logprobs": ({"prompt_logprobs": 1}, 400, "`prompt_logprobs` must not be set"),
+    "prompt logprobs": ({"prompt_logprobs": 1}, 400, "`prompt_logprobs` "),
     "echoed logprobs": ({"echo": True, "logprobs": 1}, 400, "`echo with logprobs` must not be set"),
     "embeddings": ({"prompt_embeds": "AAAA"}, 400, "`prompt_embeds` must not be in requests"),
     "embeddings for the base": ({"model": BASE, "prompt_embeds": "AAAA"}, 400, "`prompt_embeds` must not be"),

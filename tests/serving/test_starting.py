@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-import pytest
 from project_files import rewrite
 from served import Served, Server, skip_without_vllm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 skip_without_vllm()
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm import SamplingParams
 
 from .inputs import with_thoughts
 
 _TOLERANCE = {torch.float32: 1e-3}  # of log-probabilities
 _TOLERANCE_OF_HALVES = 0.1
 
-SAMPLING = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
+SAMPLING = {"temperature": 0, "max_tokens": 1, "logprobs": 1}  # what has to be known of the next token
 IDS = tuple(range(3, 19))  # ids that every vocabulary has; the same are sent as ids and as embeddings
 
 

@@ -46,7 +46,7 @@ class SoftCoTLLM(LLM):
         self._adapters = load_adapters(adapters, self.model_config, adapter_device)
         dtype = self.model_config.dtype
         for adapter in list(self._adapters.values())[:1]:
-            outputs = super().generate(prompts(adapter.embeddings, dtype), SAMPLING, use_tqdm=False)
+            outputs = super().generate(prompts(adapter.embeddings, dtype), SamplingParams(**SAMPLING), use_tqdm=False)
             check_outputs(outputs, dtype)
 
     def generate(

@@ -11,6 +11,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+from vllm import SamplingParams
 
 from ..batches import Batches
 from ..refuse_embeds import RefuseEmbeds
@@ -91,7 +92,7 @@ async def _check_fit(engine: Any, embeddings: Any, dtype: torch.dtype) -> None:
     """Send the engine the same prompt as ids and as embeddings."""
     outputs = []
     for number, prompt in enumerate(engine_inputs(engine.renderer, prompts(embeddings, dtype))):
-        async for output in engine.generate(prompt, SAMPLING, f"softcot-check-{number}"):
+        async for output in engine.generate(prompt, SamplingParams(**SAMPLING), f"softcot-check-{number}"):
             last = output
         outputs.append(last)
     check_outputs(outputs, dtype)

@@ -1,4 +1,4 @@
-"""vLLM's server, with a thought source that fails for some prompts. What `vllm serve` does, also for builds for CPUs."""
+"""vLLM's server, as `vllm serve` starts it, with a thought source that fails for some prompts."""
 
 from __future__ import annotations
 
