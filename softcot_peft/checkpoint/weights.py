@@ -115,13 +115,18 @@ def _check_rest(rest: Mapping[str, Tensor], model: nn.Module) -> None:
     for name, tensor in rest.items():
         bare = name.removeprefix(_PREFIX)
         present = next((state[key] for key in (name, bare, _PREFIX + bare) if key in state), None)
-        if present is None or present.shape != tensor.shape or not torch.equal(tensor.to(present), present):
+        if present is None or present.shape != tensor.shape or not _same_values(tensor, present):
             raise ValueError(
                 f"The adapter's file must hold its projection and nothing else, but {name!r} is "
                 + ("unknown to this base." if present is None else "a weight of the base, and not this base's.")
                 + " A SoftCoT adapter does not change its base. If the adapter is yours and its embeddings were "
                 "resized, save the resized base, load it, and save the adapter with `save_embedding_layers=False`."
             )
+
+
+def _same_values(tensor: Tensor, present: Tensor) -> bool:
+    """Whether a tensor is a copy of the base's, which is unknown on the meta device. Neither is ever loaded."""
+    return present.is_meta or torch.equal(tensor.to(present), present)
 
 
 def read_safetensors(files: list[str]) -> dict[str, Tensor]:

@@ -186,5 +186,6 @@ def _matrix(
         matrix = _matrices.get(place)
         if matrix is None:
             read = read_weight(name, revision, key, model.get_parameter(key).shape, device)
-            matrix = _matrices[place] = nn.Parameter(read if dtype is None else read.to(dtype), requires_grad=False)
+            kept = read.to(dtype or read.dtype, copy=read.device.type == "cpu")  # not the file, mapped into memory
+            matrix = _matrices[place] = nn.Parameter(kept, requires_grad=False)
         return matrix

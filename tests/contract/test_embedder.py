@@ -150,6 +150,13 @@ def test_an_assistant_that_was_given(pair: Pair, tmp_path: Path, monkeypatch: py
     assert backbone_of(embedder.model) is assistant.transformer
 
 
+def test_an_adapter_that_was_saved_with_the_bases_embeddings(pair: Pair, tmp_path: Path) -> None:
+    model = pair.model()
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(name.endswith("lm_head.weight") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    check_same(Embedder.from_pretrained(tmp_path), model, pair.batch(QUESTIONS))
+
+
 # What is loaded
 
 

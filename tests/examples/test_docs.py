@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from project_files import ROOT
 from tiny_pair import QUESTIONS, Pair
 from transformers import TrainingArguments
+
+from softcot_peft import prompt_embeds
 
 datasets = pytest.importorskip("datasets")
 
@@ -82,7 +86,7 @@ def test_the_code_of_the_page_on_prompts_runs(pair: Pair, capsys: pytest.Capture
 
 @pytest.mark.usefixtures("nothing_given")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
-@pytest.mark.parametrize("page", ["placement", "extensions"])
+@pytest.mark.parametrize("page", ["placement", "extensions", "serving"])
 def test_the_code_of_a_page_runs(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     """The blocks in their order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
@@ -93,6 +97,26 @@ def test_the_code_of_a_page_runs(pair: Pair, tmp_path: Path, monkeypatch: pytest
     text, names = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), {"__name__": page}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(compile(block, f"{page}.md", "exec"), names)
+
+
+def test_the_body_for_sglang_holds_the_embeddings(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's block writes what a server reads: float32 numbers, equal to those of the loaded model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/base").symlink_to(pair.base)
+    model = pair.model()
+    model.save_pretrained("my-adapter")
+    section = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## SGLang")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    exec(compile(block, "serving.md", "exec"), {"tokenizer": pair.tokenizer})
+    body = json.loads(Path("body.json").read_text())
+    assert set(body) == {"input_embeds", "sampling_params"}
+    assert body["sampling_params"] == {"temperature": 0, "max_new_tokens": 64}
+    (expected,) = prompt_embeds(model, **pair.batch(["How many legs have seven dogs?"]))
+    assert torch.equal(torch.tensor(body["input_embeds"]), expected)
+    half = expected.bfloat16()
+    again = torch.tensor(json.loads(json.dumps(half.float().tolist()))).bfloat16()
+    assert torch.equal(again, half)
 
 
 def test_every_command_of_make_that_is_named_exists() -> None:
