@@ -16,7 +16,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.fixture(scope="session")
 def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Prefix caching and batches as vLLM has them by default."""
-    with Server(served, tmp_path_factory.mktemp("server") / "log", ["--enable-prompt-tokens-details"]) as server:
+    options = ["--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with Server(served, tmp_path_factory.mktemp("server") / "log", options) as server:
         yield server
 
 

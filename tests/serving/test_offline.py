@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,3 +77,16 @@ def test_runs_in_prompts_and_in_the_adapters_template(served: Served, answers: d
 def test_what_cannot_be_answered_says_why(answers: dict[str, Any]) -> None:
     assert "every prompt must hold a run" in answers["no run"]
     assert "`adapter` must be one of those that the engine was started with" in answers["unknown"]
+
+
+def test_the_code_of_the_page_runs(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/base").symlink_to(served.pair.base)
+    (tmp_path / "my-adapter").symlink_to(served.adapters["first"])
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "script.py").write_text(block, encoding="utf-8")
+    variables = process_environment() | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=variables, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr.decode()[-2000:]
+    assert ran.stdout.strip()

@@ -132,6 +132,40 @@ def test_schemas_guide_answers(server: Server) -> None:
     assert found["choices"][0]["message"]["content"].startswith("{")
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_tools_are_called(server: Server, stream: bool) -> None:
+    legs = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}, "required": ["legs"]}
+    tool = {"type": "function", "function": {"name": "count", "parameters": legs | {"additionalProperties": False}}}
+    body = {
+        "model": "first",
+        "messages": message(PROMPTS[1]),
+        "max_tokens": 60,
+        "temperature": 0,
+        "tools": [tool],
+        "tool_choice": {"type": "function", "function": {"name": "count"}},
+    }
+    if stream:
+        arguments = ""
+        with server.open("/v1/chat/completions", {**body, "stream": True}) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    for choice in json.loads(line.removeprefix(b"data: "))["choices"]:
+                        for call in choice["delta"].get("tool_calls") or []:
+                            arguments += call["function"].get("arguments") or ""
+    else:
+        _, found = server.post("/v1/chat/completions", body)
+        (call,) = found["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "count"
+        arguments = call["function"]["arguments"]
+    assert json.loads(arguments)["legs"] in (2, 4)
+
+
+def test_prompts_are_cut_before_thoughts_are_made(served: Served, server: Server) -> None:
+    answer = server.ask("first", LONG, truncate_prompt_tokens=9)
+    assert answer["tokens"] == served.answer("first", served.ids(LONG)[-9:])
+    assert answer["usage"]["prompt_tokens"] == 9
+
+
 @pytest.mark.parametrize("kind", ["server", "strained"])
 def test_sixteen_clients_get_the_answers_of_their_own_adapters(
     served: Served, kind: str, request: pytest.FixtureRequest

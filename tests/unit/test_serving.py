@@ -49,11 +49,15 @@ def test_adapters_need_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("SOFTCOT_ADAPTERS", raising=False)
     check_environment()
+    monkeypatch.delenv("VLLM_SKIP_MODEL_NAME_VALIDATION", raising=False)
     monkeypatch.setenv("SOFTCOT_ADAPTERS", "a=./x")
     with pytest.raises(ValueError, match="`VLLM_PLUGINS` must name 'softcot'"):
         check_environment()
     monkeypatch.setenv("VLLM_PLUGINS", "softcot")
     check_environment()
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+    with pytest.raises(ValueError, match="the base would answer in their name"):
+        check_environment()
 
 
 # Batches

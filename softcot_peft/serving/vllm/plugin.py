@@ -33,7 +33,7 @@ class SoftCoTPlugin:
     """
 
     name = NAME
-    required_tasks = ("generate",)
+    required_tasks = None  # whatever the model is for: adapters that are named and cannot be served stop the start
 
     def attach_router(self, app: Any) -> None:
         """Reject embeddings of clients. Routes stay vLLM's own."""
@@ -47,9 +47,13 @@ class SoftCoTPlugin:
             ValueError: An adapter does not fit the base, or the server's options exclude adapters.
             RuntimeError: This release of vLLM is not supported.
         """
-        paths = read_adapters()
-        if not paths:
+        if not (paths := read_adapters()):
             return
+        if engine_client is None:
+            raise ValueError(
+                "SoftCoT adapters must be served by an engine, but this server only renders prompts. "
+                f"Unset `{ADAPTERS}`."
+            )
         check_handlers(state)
         config, models = engine_client.vllm_config, state.openai_serving_models
         _check_options(config)
