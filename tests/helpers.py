@@ -30,7 +30,7 @@ from softcot_peft.serving.refuse_embeds import RefuseEmbeds, has_embeds
 from softcot_peft.serving.settings import read_adapters, read_device
 from softcot_peft.serving.vllm.check import check_environment
 from softcot_peft.serving.vllm.check_fit import check_outputs
-from softcot_peft.serving.vllm.inputs import with_thoughts, without_thoughts
+from softcot_peft.serving.vllm.inputs import find_tokens, with_thoughts, without_thoughts
 from softcot_peft.sources import ThoughtSource
 from softcot_peft.sources import find_assistant as _finding
 from softcot_peft.sources import tokenizers as _tokenizers
@@ -57,6 +57,7 @@ __all__ = [  # private names that tests use under these names
     "find_assistant",
     "find_cache",
     "find_marker",
+    "find_tokens",
     "has_embeds",
     "head_loss",
     "insert",

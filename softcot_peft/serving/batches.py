@@ -7,15 +7,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from threading import Condition, Thread
+from typing import Generic, TypeVar
 
-from torch import Tensor
+_T = TypeVar("_T")
 
-Embed = Callable[[Sequence[Sequence[int]]], list[Tensor]]  # prompts to embeddings `(L + N, H)` of each
-
-_Waiting = tuple[str, list[int], "Future[Tensor]"]
+Embed = Callable[[Sequence[Sequence[int]]], list[_T]]  # prompts to what is made of each
 
 
-class Batches:
+class Batches(Generic[_T]):
     """A thread that runs prompts of the same adapter together as soon as it is free.
 
     Prompts of an adapter that arrive while a batch runs form the next one. The adapter whose prompt has waited longest
@@ -37,23 +36,23 @@ class Batches:
         max_tokens: Number of tokens in a batch, with padding. A longer prompt runs alone.
     """
 
-    def __init__(self, adapters: Mapping[str, Embed], max_rows: int = 32, max_tokens: int = 16384) -> None:
+    def __init__(self, adapters: Mapping[str, Embed[_T]], max_rows: int = 32, max_tokens: int = 16384) -> None:
         self._adapters = dict(adapters)
         self._max_rows = max_rows
         self._max_tokens = max_tokens
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[str, list[int], Future[_T]]] = deque()
         self._changed = Condition()
         self._closed = False
         self._thread = Thread(target=self._run, name="softcot-assistants", daemon=True)
         self._thread.start()
 
-    def submit(self, adapter: str, input_ids: Sequence[int]) -> Future[Tensor]:
-        """Return the embeddings of a prompt, later. Cancelling the result takes a waiting prompt out.
+    def submit(self, adapter: str, input_ids: Sequence[int]) -> Future[_T]:
+        """Return what is made of a prompt, later. Cancelling the result takes a waiting prompt out.
 
         Raises:
             RuntimeError: The thread was closed.
         """
-        future: Future[Tensor] = Future()
+        future: Future[_T] = Future()
         with self._changed:
             if self._closed:
                 raise RuntimeError("No embeddings are made any more: the server is shutting down.")
@@ -61,7 +60,7 @@ class Batches:
             self._changed.notify()
         return future
 
-    async def embed(self, adapter: str, input_ids: Sequence[int]) -> Tensor:
+    async def embed(self, adapter: str, input_ids: Sequence[int]) -> _T:
         """As `submit`, without blocking the event loop. A cancelled request is not run."""
         return await asyncio.wrap_future(self.submit(adapter, input_ids))
 
@@ -85,11 +84,11 @@ class Batches:
             if running:
                 self._embed(running)
 
-    def _next(self) -> list[_Waiting]:
+    def _next(self) -> list[tuple[str, list[int], Future[_T]]]:
         """Take the prompts of the next batch from those that wait."""
         first = self._waiting[0][0]
-        batch: list[_Waiting] = []
-        others: deque[_Waiting] = deque()
+        batch: list[tuple[str, list[int], Future[_T]]] = []
+        others: deque[tuple[str, list[int], Future[_T]]] = deque()
         longest = 0
         for item in self._waiting:
             width = max(longest, len(item[1]))
@@ -102,7 +101,7 @@ class Batches:
         self._waiting = others
         return batch
 
-    def _embed(self, batch: list[_Waiting]) -> None:
+    def _embed(self, batch: list[tuple[str, list[int], Future[_T]]]) -> None:
         name = batch[0][0]
         try:
             found = self._adapters[name]([ids for _, ids, _ in batch])

@@ -16,6 +16,7 @@ from helpers import (
     RefuseEmbeds,
     check_environment,
     check_outputs,
+    find_tokens,
     has_embeds,
     read_adapters,
     read_device,
@@ -206,16 +207,44 @@ def test_bodies_in_pieces() -> None:
 # Prompts and outputs of the engine
 
 
-def test_a_prompt_of_the_engine_is_all_embeddings() -> None:
-    embeds = torch.randn(7, 4)
-    prompt = with_thoughts([5, 6, 8], embeds, "a", "own")
-    assert prompt["prompt_embeds"] is not None
-    assert torch.equal(prompt["prompt_embeds"], embeds)
-    assert prompt["prompt_token_ids"] == [5, 5, 5, 5, 5, 6, 8]
-    assert prompt["prompt_is_token_ids"] == [False] * 7
-    other = with_thoughts([5, 6, 8], embeds, "b", "own")
-    plain = with_thoughts([5, 6, 8], embeds, "a")
-    assert len({each["cache_salt"] for each in (prompt, other, plain)}) == 3
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_a_prompt_of_the_engine_has_ids_at_tokens_and_embeddings_at_thoughts(start: int) -> None:
+    ids, tokens, thoughts = [5, 6, 8], torch.randn(3, 4), torch.randn(2, 4)
+    embedded = find_tokens(torch.cat([tokens[:start], thoughts, tokens[start:]]), tokens)
+    assert embedded.is_token == [True] * start + [False] * 2 + [True] * (3 - start)
+    prompt = with_thoughts(ids, embedded, "a", "own")
+    assert torch.equal(prompt["prompt_embeds"], embedded.embeds)
+    assert prompt["prompt_token_ids"] == [*ids[:start], 5, 5, *ids[start:]]
+    assert prompt["prompt_is_token_ids"] == embedded.is_token
+    salts = [with_thoughts(ids, embedded, *given)["cache_salt"] for given in (("a", "own"), ("b", "own"), ("a", None))]
+    assert len(set(salts)) == 3
+
+
+def test_a_run_stands_among_the_prompts_tokens() -> None:
+    tokens = torch.randn(4, 4)
+    embeds = tokens.clone()
+    embeds[1:3] = torch.randn(2, 4)
+    embedded = find_tokens(embeds, tokens)
+    assert embedded.is_token == [True, False, False, True]
+    assert with_thoughts([5, 2, 2, 6], embedded, "a")["prompt_token_ids"] == [5, 2, 2, 6]
+
+
+def test_thoughts_that_are_embeddings_of_tokens_are_read_all_the_same() -> None:
+    """A thought equal to the token in whose place it stands moves the border, but no vector."""
+    tokens, ids = torch.randn(3, 4), [5, 6, 8]
+    embeds = torch.cat([tokens[:1], tokens[1:2], torch.randn(1, 4), tokens[1:]])
+    embedded = find_tokens(embeds, tokens)
+    prompt = with_thoughts(ids, embedded, "a")
+    table = dict(zip(ids, tokens, strict=True))
+    read = [
+        table[token] if is_token else row
+        for token, is_token, row in zip(prompt["prompt_token_ids"], embedded.is_token, embeds, strict=True)
+    ]
+    assert torch.equal(torch.stack(read), embeds)
+
+
+def test_embeddings_of_other_tokens_are_read_as_they_are() -> None:
+    assert find_tokens(torch.randn(5, 4), torch.randn(3, 4)).is_token == [False] * 5
 
 
 def test_outputs_speak_of_the_callers_prompt() -> None:

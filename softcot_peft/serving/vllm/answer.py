@@ -9,10 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..batches import Batches
-from .inputs import with_thoughts, without_thoughts
+from .inputs import Embedded, with_thoughts, without_thoughts
 from .private import ErrorResponse, adapter_handler, with_chat_template
 
 _OWN = "softcot_prompt"  # key of an engine's input: the caller's ids
@@ -25,8 +23,7 @@ class Adapter:
 
     name: str  # what requests have as `model`
     path: str
-    batches: Batches  # makes its embeddings
-    dtype: torch.dtype  # the engine's
+    batches: Batches[Embedded]  # makes its embeddings
     chat_template: str | None = None  # `None`: the server's
 
 
@@ -109,9 +106,9 @@ class AdapterRenderer:
                 f"{given['type']!r}. Send text, or name the base in `model`."
             )
         ids = given["prompt_token_ids"]
-        embeds = await adapter.batches.embed(adapter.name, ids)
-        self.thoughts += len(embeds) - len(ids)
-        made = with_thoughts(ids, embeds.to(adapter.dtype), adapter.name, given.get("cache_salt"))
+        embedded = await adapter.batches.embed(adapter.name, ids)
+        self.thoughts += len(embedded.embeds) - len(ids)
+        made = with_thoughts(ids, embedded, adapter.name, given.get("cache_salt"))
         made["is_token_ids"] = made.pop("prompt_is_token_ids")  # the name in inputs of the engine
         kept: dict[str, Any] = {name: given[name] for name in ("prompt", "arrival_time") if name in given}
         return {"type": "embeds", **made, **kept, _OWN: ids}

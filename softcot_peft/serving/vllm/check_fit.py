@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .inputs import with_thoughts
+from .inputs import Embedded, with_thoughts
 
 _TOLERANCE = {torch.float32: 1e-3}  # of log-probabilities
 _TOLERANCE_OF_HALVES = 0.1
@@ -25,7 +25,7 @@ def prompts(embeddings: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
     """
     with torch.no_grad():
         embeds = embeddings(torch.tensor([IDS], device=embeddings.weight.device))[0].to(dtype)
-    return [{"prompt_token_ids": list(IDS)}, with_thoughts(IDS, embeds, "check")]
+    return [{"prompt_token_ids": list(IDS)}, with_thoughts(IDS, Embedded(embeds, [False] * len(IDS)), "check")]
 
 
 def check_outputs(outputs: Sequence[Any], dtype: torch.dtype) -> None:

@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def with_thoughts(input_ids: Sequence[int], embeds: Tensor, adapter: str, salt: str | None = None) -> dict[str, Any]:
-    """Return a prompt of vLLM: the embeddings `(L + N, H)`, and ids for what looks at ids.
+@dataclass(frozen=True)
+class Embedded:
+    """A prompt with thoughts."""
 
-    All positions are read from the embeddings, so that the engine's prefix cache, whose keys hash ids and embeddings,
-    tells prompts apart by everything the base reads. The ids serve repetition penalties, which count the prompt's
-    tokens, and detokenisation, which continues its last ones. The N ids too many repeat the first one and stand before
-    the prompt, where they change neither.
+    embeds: Tensor  # what the base reads, `(L + N, H)`; `(L, H)` if the prompt has a run of thought tokens
+    is_token: list[bool]  # for each position, whether it is one of the prompt's tokens; the others are thoughts
+
+
+def find_tokens(embeds: Tensor, tokens: Tensor) -> Embedded:
+    """Tell tokens from thoughts in the embeddings of a prompt.
+
+    Args:
+        embeds: `(L + N, H)` with N inserted thoughts, or `(L, H)` with thoughts over a run of thought tokens.
+        tokens: Embeddings of the prompt's tokens, `(L, H)`.
+    """
+    length, inserted = len(tokens), len(embeds) - len(tokens)
+    same = (embeds[:length] == tokens).all(-1)
+    if inserted == 0:
+        return Embedded(embeds, same.tolist())
+    start = length if same.all() else int(same.int().argmin())
+    if not torch.equal(embeds[start + inserted :], tokens[start:]):
+        return Embedded(embeds, [False] * len(embeds))
+    return Embedded(embeds, [True] * start + [False] * inserted + [True] * (length - start))
+
+
+def with_thoughts(
+    input_ids: Sequence[int], embedded: Embedded, adapter: str, salt: str | None = None
+) -> dict[str, Any]:
+    """Return a prompt of vLLM: ids at tokens, embeddings at thoughts.
+
+    The engine looks ids up by itself, and counts them in repetition penalties. Embeddings are given for all positions:
+    keys of the prefix cache hash them, so that they tell prompts apart by everything the base reads. The ids at
+    thoughts repeat the prompt's first one, which changes no penalty and no text.
 
     Args:
         input_ids: The prompt's ids, L of them.
-        embeds: Its embeddings with thoughts; `(L, H)` if the prompt has a run of thought tokens.
+        embedded: The prompt with thoughts.
         adapter: Name of the adapter. Prompts of different adapters share no cache entries.
         salt: The request's own `cache_salt`.
     """
     ids = list(input_ids)
+    if len(embedded.embeds) != len(ids):
+        rest = iter(ids)
+        ids = [next(rest) if token else ids[0] for token in embedded.is_token]
     return {
-        "prompt_embeds": embeds.detach().cpu().contiguous(),
-        "prompt_token_ids": [ids[0]] * (len(embeds) - len(ids)) + ids,
-        "prompt_is_token_ids": [False] * len(embeds),
+        "prompt_embeds": embedded.embeds.detach().cpu().contiguous(),
+        "prompt_token_ids": ids,
+        "prompt_is_token_ids": embedded.is_token,
         "cache_salt": f"softcot:{adapter}:{salt or ''}",
     }
 

@@ -16,13 +16,14 @@ from transformers.utils.hub import cached_file
 from ...attached import layer_of
 from ..batches import Embed
 from ..embedder import Embedder
+from .inputs import Embedded, find_tokens
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What an adapter needs beside the engine."""
 
-    embed: Embed
+    embed: Embed[Embedded]
     embeddings: Any  # the base's input embedding
     chat_template: str | None  # saved with the adapter, such as that of `with_thought_tokens`; `None`: the base's
 
@@ -85,11 +86,19 @@ def _load_assistant(embedder: Embedder) -> None:
         assistant.backbone(layer.weight.device)
 
 
-def _embed(embedder: Embedder) -> Embed:
-    def embed(rows: Sequence[Sequence[int]]) -> list[Tensor]:
+def _embed(embedder: Embedder) -> Embed[Embedded]:
+    embeddings: Any = layer_of(embedder.model).base_layer
+
+    def tokens(row: Sequence[int]) -> Tensor:
+        found: Tensor = embeddings(torch.tensor([row], device=embeddings.weight.device))
+        return found[0]
+
+    @torch.no_grad()
+    def embed(rows: Sequence[Sequence[int]]) -> list[Embedded]:
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return [embeds.cpu() for embeds in embedder(ids, mask)]
+        found = embedder(ids, mask)
+        return [find_tokens(embeds, tokens(row)) for embeds, row in zip(found, rows, strict=True)]
 
     return embed

@@ -61,9 +61,7 @@ class SoftCoTPlugin:
         loaded, dtype = load_adapters(paths, config.model_config, read_device()), config.model_config.dtype
         await _check_fit(engine_client, next(iter(loaded.values())).embeddings, dtype)
         batches = Batches({name: adapter.embed for name, adapter in loaded.items()})
-        adapters = {
-            name: Adapter(name, path, batches, dtype, loaded[name].chat_template) for name, path in paths.items()
-        }
+        adapters = {name: Adapter(name, path, batches, loaded[name].chat_template) for name, path in paths.items()}
         for attribute, method in HANDLERS.items():
             setattr(state, attribute, Answers(getattr(state, attribute), method, adapters))
         state.openai_serving_models = ListedModels(models, adapters)
