@@ -133,15 +133,18 @@ def test_schemas_guide_answers(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_tools_are_called(server: Server, stream: bool) -> None:
+def test_tools_are_called(served: Served, server: Server, stream: bool) -> None:
+    tokenizer = served.pair.tokenizer
+    spaces = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()]
     legs = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}, "required": ["legs"]}
-    tool = {"type": "function", "function": {"name": "count", "parameters": legs | {"additionalProperties": False}}}
+    function = {"name": "count", "parameters": legs | {"additionalProperties": False}, "strict": True}
     body = {
         "model": "first",
         "messages": message(PROMPTS[1]),
-        "max_tokens": 60,
+        "max_tokens": 120,
         "temperature": 0,
-        "tools": [tool],
+        "logit_bias": dict.fromkeys(map(str, spaces), -100),  # JSON may have any number of them
+        "tools": [{"type": "function", "function": function}],
         "tool_choice": {"type": "function", "function": {"name": "count"}},
     }
     if stream:
