@@ -9,7 +9,7 @@ JOBS ?= 2
 # Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report bench test test-matrix conformance fuzz check style clean
+.PHONY: quickstart report bench test test-matrix conformance serving fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,14 @@ test-matrix:  ## run the suite on the lowest and newest versions, and write docs
 conformance: .venv/engines  ## test all causal-LM types as bases, sharding engines and quantized bases, and write docs/support.md
 	$(BIN)/python -m pytest tests/conformance tests/integrations/test_dtypes.py
 
+# An environment of its own: vLLM pins the versions of much that is in .venv, too.
+.venv-serving/ready: pyproject.toml setup.cfg tests/serving_environment.py
+	PYTHONPATH=tests $(PYTHON) tests/serving_environment.py .venv-serving
+	@touch $@
+
+serving: .venv-serving/ready  ## test adapters in vLLM on CPUs, in a server and in a program; about 10 minutes on 2 cores
+	.venv-serving/bin/python -m pytest --timeout 900 tests/serving
+
 fuzz: .venv/dev  ## compare more than 20,000 random cases, half of them in bfloat16, with the equations; less than 20 minutes on 2 cores
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/contract/test_extension_properties.py tests/unit/test_columns_and_placement.py
 
@@ -62,4 +70,4 @@ style: .venv/dev  ## format, and fix lint errors that can be fixed automatically
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-matrix .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-matrix .venv-serving .pytest_cache .mypy_cache .ruff_cache build *.egg-info

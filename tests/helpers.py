@@ -25,6 +25,12 @@ from softcot_peft.precompute.lookup import prompt_keys
 from softcot_peft.rows.columns import insert, insert_positions, restore, restore_keys, take
 from softcot_peft.rows.locate import locate
 from softcot_peft.rows.placement import Placement, align_left, positions, prompts, trailing
+from softcot_peft.serving.batches import Batches
+from softcot_peft.serving.refuse_embeds import RefuseEmbeds, has_embeds
+from softcot_peft.serving.settings import read_adapters, read_device
+from softcot_peft.serving.vllm.check import check_environment
+from softcot_peft.serving.vllm.check_fit import check_outputs
+from softcot_peft.serving.vllm.inputs import find_tokens, with_thoughts, without_thoughts
 from softcot_peft.sources import ThoughtSource
 from softcot_peft.sources import find_assistant as _finding
 from softcot_peft.sources import tokenizers as _tokenizers
@@ -39,14 +45,20 @@ if TYPE_CHECKING:
 __all__ = [  # private names that tests use under these names
     "CACHE_NAME",
     "Assistant",
+    "Batches",
     "Placement",
     "PromptReader",
+    "RefuseEmbeds",
     "align_left",
     "cache_length",
+    "check_environment",
+    "check_outputs",
     "evaluating",
     "find_assistant",
     "find_cache",
     "find_marker",
+    "find_tokens",
+    "has_embeds",
     "head_loss",
     "insert",
     "insert_positions",
@@ -56,12 +68,16 @@ __all__ = [  # private names that tests use under these names
     "positions",
     "prompt_keys",
     "prompts",
+    "read_adapters",
+    "read_device",
     "restore",
     "restore_keys",
     "rotary_switch",
     "take",
     "tokenizer_state",
     "trailing",
+    "with_thoughts",
+    "without_thoughts",
 ]
 
 # Where the package's objects are

@@ -20,9 +20,11 @@ from tiny_pair import QUESTIONS, Pair
 from transformers import AutoTokenizer
 
 import softcot_peft
-from softcot_peft import analysis, live_rows, sources, split_conversations
+from softcot_peft import analysis, live_rows, serving, sources, split_conversations
 
-MODULES = ["softcot_peft", *(found.name for found in pkgutil.walk_packages(softcot_peft.__path__, "softcot_peft."))]
+NEED_VLLM = f"{serving.__name__}.vllm."  # tests/serving/ runs their examples
+FOUND = [found.name for found in pkgutil.walk_packages(softcot_peft.__path__, "softcot_peft.")]
+MODULES = ["softcot_peft", *(name for name in FOUND if not name.startswith(NEED_VLLM))]
 PUBLIC = {name: getattr(softcot_peft, name) for name in softcot_peft.__all__}
 EXTENSIONS = {name: getattr(sources, name) for name in ("ThoughtSource", "register_projection", "register_source")}
 NEED_EXAMPLES = {name: member for name, member in (PUBLIC | EXTENSIONS).items() if callable(member)}

@@ -1,0 +1,1 @@
+"""SoftCoT adapters in vLLM: a plugin for its server, and `SoftCoTLLM` for programs."""
