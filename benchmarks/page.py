@@ -156,13 +156,13 @@ def _extensions(found: dict[str, Any], path: Path) -> Iterator[str]:
         "each prompt once for each chain.\n"
     )
     for what, times in found["seconds"].items():
-        memory = found["peak_bytes"][what]
+        memory = found["peak_bytes"].get(what)
         yield f"| {what} | ms | / SoftCoT | peak MB | / SoftCoT |\n| --- | --- | --- | --- | --- |"
         for name, seconds in times.items():
-            yield (
-                f"| {name} | {1e3 * median(seconds):,.1f} | {ratio(times, name, beyond.SOFTCOT)} "
-                f"| {memory[name] / 1e6:,.1f} | {memory[name] / memory[beyond.SOFTCOT]:.2f} |"
-            )
+            peaks = " | "
+            if memory is not None:
+                peaks = f"{memory[name] / 1e6:,.1f} | {memory[name] / memory[beyond.SOFTCOT]:.2f}"
+            yield f"| {name} | {1e3 * median(seconds):,.1f} | {ratio(times, name, beyond.SOFTCOT)} | {peaks} |"
         yield ""
 
 
