@@ -22,7 +22,6 @@ FIRST_RATES = {
     "LoRA": (1e-4, 3e-4, 1e-3),
     "SoftCoT": (3e-4, 1e-3, 3e-3),
 }
-LIMITS = (1e-5, 1.0)  # of the search
 CONTROLS = ("other_question", "mean", "zero")  # beside every SoftCoT figure; the headline has all
 ALL_CONTROLS = (*CONTROLS, "random_projection")
 # Seconds on two cores in bfloat16, by the size of the base: of a training row and of an answer in a batch of 16. A
@@ -41,6 +40,7 @@ class Sizes:
         written: Questions that each base answers for rationales of its own, in jobs of at most `stretch`.
         stretch: Questions of one such job.
         pilot_steps: Optimizer steps of the search for learning rates.
+        extended: How many rates the search may add beyond its first three.
         steps: Optimizer steps of all other training.
         batch: Rows per step.
         validated: Rows of the validation part whose loss is computed.
@@ -60,6 +60,7 @@ class Sizes:
     written: tuple[tuple[str, int], ...] = (("medium", 768), ("large", 128))
     stretch: int = 256
     pilot_steps: int = 12
+    extended: int = 6
     steps: int = 40
     batch: int = 8
     validated: int = 32
@@ -80,6 +81,7 @@ SMALL = Sizes(
     written=(("medium", 6),),
     stretch=4,
     pilot_steps=1,
+    extended=1,
     steps=1,
     batch=2,
     validated=2,
@@ -152,7 +154,7 @@ def searched(system: str, store: Store, sizes: Sizes) -> tuple[list[float], floa
         losses = [store[pilot(system, rate, sizes)]["losses"]["own"] for rate in rates]
         place = losses.index(min(losses))
         new = {0: step_of(rates[0], -1), len(rates) - 1: step_of(rates[-1], 1)}.get(place)
-        if new is None or not LIMITS[0] <= new <= LIMITS[1]:
+        if new is None or len(rates) == len(FIRST_RATES[system]) + sizes.extended:
             return rates, rates[place]
         rates = sorted([*rates, new])
     return rates, None

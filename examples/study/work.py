@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,6 @@ SEEN = 64  # training questions whose thoughts are averaged for the control "mea
 
 def perform(job: Job, setting: Setting) -> Result:
     """Run a job, and add its seconds and the state of the code to the result."""
-    torch.set_num_threads(os.cpu_count() or 1)
     began = time.monotonic()
     kinds = {Writing: write, Training: train, Evaluation: evaluate, Diagnosis: diagnose, Probe: probe}
     result: Result = kinds[type(job)](job, setting)  # type: ignore[operator]

@@ -45,6 +45,7 @@ def match_scale(source: ThoughtSource) -> None:
 def _probe(source: ThoughtSource) -> Tensor:
     """Ids of a short text, `(1, P)`; where prompts are read as ids, some that both models know."""
     if source.base_tokenizer is not None:
-        return torch.tensor([source.base_tokenizer(_PROBE)["input_ids"]])
+        before, after = source.config.assistant_prompt_between or ("", "")
+        return torch.tensor([source.base_tokenizer(before + _PROBE + after)["input_ids"]])
     known = min(limit for limit in (source.base.vocab_size, source.id_limit, 2**31) if limit is not None)
     return torch.linspace(0, known - 1, _COUNT).long()[None]
