@@ -11,10 +11,14 @@ from tqdm import tqdm
 from .store import Store
 
 Result = dict[str, Any]
-MINUTES = "{desc}: {percentage:3.0f}% |{bar}| {n:.0f} of {total:.0f} min estimated [{elapsed}, {remaining} left{postfix}]"
+MINUTES = (
+    "{desc}: {percentage:3.0f}% |{bar}| {n:.0f} of {total:.0f} min estimated [{elapsed}, {remaining} left{postfix}]"
+)
 
 
-def in_turn(jobs: Sequence[Any], work: Callable[..., Result], arguments: Sequence[Any]) -> Iterator[tuple[Any, Result]]:
+def in_turn(
+    jobs: Sequence[Any], work: Callable[..., Result], arguments: Sequence[Any]
+) -> Iterator[tuple[Any, Result]]:
     """Yield each job with its result, one after the other in this process."""
     for job in jobs:
         try:

@@ -94,7 +94,9 @@ class Training:
     def name(self) -> str:
         """Name of the result and of the folder of its weights."""
         rate = f"rate{self.learning_rate:g}"
-        return hyphened("train", self.pair, self.system, self.rationales, rate, f"N{self.thoughts}", f"seed{self.seed}")
+        return hyphened(
+            "train", self.pair, self.system, self.rationales, rate, f"N{self.thoughts}", f"seed{self.seed}"
+        )
 
 
 @dataclass(frozen=True)

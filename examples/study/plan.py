@@ -78,7 +78,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    written=(("medium", 6),),
+    written=(("medium", 6), ("large", 4)),
     stretch=4,
     pilot_steps=1,
     extended=1,

@@ -17,7 +17,8 @@ from .plan import FIRST_RATES, Sizes, pilot, rates_of, searched, tried, tries
 
 NAME = "real-models-protocol.md"
 BLOCK = "choices"
-EXCLUDED = ("human rationales to the same questions", "twice as many steps")  # reported, but not to be chosen
+# Reported, but not to be chosen: other rows, other costs, or no assistant.
+EXCLUDED = ("human rationales to the same questions", "twice as many steps", "base as source")
 SHARED = ("rationales", "steps", "batch", "warmup", "thoughts")  # what the other systems take from SoftCoT
 
 

@@ -73,7 +73,9 @@ def unused_token(tokenizer: PreTrainedTokenizerBase) -> str:
     for token in map(str, names):
         if token not in prompt and token not in ending:
             return token
-    raise ValueError(f"`base` must have a special token that its prompts do not use, {tokenizer.name_or_path} has none.")
+    raise ValueError(
+        f"`base` must have a special token that its prompts do not use, {tokenizer.name_or_path} has none."
+    )
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from project_files import EXAMPLES
-from tiny_pair import Pair
+from tiny_pair import Pair, make_base
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
@@ -47,8 +48,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def models(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    shutil.copytree(pair.base, folder / "a")
-    shutil.copytree(pair.chat_assistant, folder / "b")
+    plain = make_base(len(pair.tokenizer)).config.to_dict()
+    for heads in (4, 2, 6):
+        sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": 2}
+        LlamaForCausalLM(LlamaConfig(**plain | sizes)).save_pretrained(folder / f"heads{heads}")
+        pair.tokenizer.save_pretrained(folder / f"heads{heads}")
     return folder
 
 
