@@ -8,8 +8,8 @@ docs/real-models-protocol.md, without which the final part refuses to touch the 
 page from what is finished.
 
 FOLDER has a subfolder for each model: two or three, told apart by the size of their weights. Without it, models are
-loaded from the Hub. Each job writes a file, so an interrupted run resumes where it stopped. Jobs run one after the other
-in one process with all cores. `--small` runs a tiny version of every part as a trial.
+loaded from the Hub. Each job writes a file, so an interrupted run resumes where it stopped. Jobs run one after the
+other in one process with all cores. `--small` runs a tiny version of every part as a trial.
 """
 
 from __future__ import annotations

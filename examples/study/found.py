@@ -32,7 +32,7 @@ class Found:
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return the result of a job; None if it is not finished."""
-        return self.store[job] if job in self.store else None
+        return self.store[job] if job in self.store else None  # noqa: SIM401  # a store has no `get`
 
     def right(self, jobs: Evaluation | Sequence[Evaluation]) -> list[list[int]] | None:
         """Return which answers are right, by evaluation; None unless all are finished."""

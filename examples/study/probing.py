@@ -52,7 +52,12 @@ def probe(found: Tensor, answers: Sequence[str]) -> dict[str, Any]:
     Args:
         found: States, `(Q, F)`.
         answers: One per row.
+
+    Raises:
+        ValueError: There are too few rows.
     """
+    if len(answers) < 2 * FOLDS:
+        raise ValueError(f"`answers` must be at least {2 * FOLDS}, two for each fold, got {len(answers)}.")
     classes = sorted(set(answers))
     target = torch.tensor([classes.index(answer) for answer in answers])
     hot = torch.nn.functional.one_hot(target, len(classes)).float()

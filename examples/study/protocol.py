@@ -171,8 +171,8 @@ def read(docs: Path) -> dict[str, dict[str, Any]]:
     chosen = block.partition("```json\n")[2].partition("\n```")[0]
     if not chosen:
         raise ValueError(
-            f"`--part final` uses the test files, so {page} must list all choices first. Run the parts before it, then "
-            "`--part protocol`, and commit the page."
+            f"`--part final` uses the test files, so {page} must list all choices first. Run the parts before it, "
+            "then `--part protocol`, and commit the page."
         )
     found: dict[str, dict[str, Any]] = json.loads(chosen)
     return found

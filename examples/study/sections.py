@@ -80,8 +80,8 @@ def style(found: Found) -> Section | None:
         rows += complete([[f"SoftCoT, {LABELS[control]}", *cells]])
     if not rows:
         return None
-    text = f"""Trained on the base's own right answers, or on the data set's answers to the same questions. Placeholders
-and virtual tokens cannot depend on the question, so what they gain is style.
+    text = f"""Trained on the base's own right answers, or on the data set's answers to the same questions.
+Placeholders and virtual tokens cannot depend on the question, so what they gain is style.
 
 {table(["system", *kinds.values(), *(f"tokens, {each}" for each in kinds.values())], rows)}"""
     return Section("Own and human rationales", text)
@@ -98,8 +98,8 @@ def other_tasks(found: Found) -> Section | None:
     rows = complete([name, *(found.share(make(task)) for task in TRANSFERS)] for name, make in jobs.items())
     if not rows:
         return None
-    text = f"""Systems trained on GSM8K and left enabled, on {found.sizes.transferred} questions of other tasks. What lies
-below zero-shot is forgotten.
+    text = f"""Systems trained on GSM8K and left enabled, on {found.sizes.transferred} questions of each of the other
+tasks. What lies below zero-shot is forgotten.
 
 {table(["pair A", *TRANSFERS], rows)}"""
     return Section("Other tasks, and forgetting", text)
@@ -147,7 +147,7 @@ def self_consistency(found: Found) -> Section | None:
             rows.append([name, *voted])
     if not rows:
         return None
-    text = f"""Sampled at temperature 0.7, {found.sizes.voted} test questions; the most frequent of the first k answers:
+    text = f"""Sampled at temperature 0.7, {found.sizes.voted} test questions; majority of the first k answers:
 
 {table(["pair A", *(f"k = {count}" for count in counts)], rows)}"""
     return Section("Self-consistency", text)
@@ -210,8 +210,8 @@ def tries(found: Found) -> Section | None:
     tried, rates = try_rows(found.store, found.sizes), rate_rows(found.store, found.sizes)
     if not rates:
         return None
-    text = f"""On the validation part of the training file, {found.sizes.tried} questions, pair A. "More" is in nats per
-token of the validation rows.
+    text = f"""On the validation part of the training file, {found.sizes.tried} questions, pair A. "More" is in nats
+per token of the validation rows.
 
 {table(TRY_HEAD, tried) if tried else ""}
 Learning rates, by the loss per token after {found.sizes.pilot_steps} steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def batches(order: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     """Split into the fewest batches of at most `size`, all of nearly the same size, so that none has a single row."""
     count = -(-len(order) // size)
     bounds = [len(order) * i // count for i in range(count + 1)]
-    return [order[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [order[first:last] for first, last in pairwise(bounds)]
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,10 +18,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from train_gsm8k import DELIMITERS
 from transformers import PreTrainedTokenizerBase
 
-FOLDER = Path(__file__).parents[2] / "evaluation"
-sys.path.append(str(FOLDER.parent))  # evaluation/ is not an installed package
+sys.path.append(str(Path(__file__).parents[2]))  # evaluation/ is not an installed package
 from evaluation import answers
 
+FOLDER = Path(answers.__file__).parent
 Row = Mapping[str, Any]
 
 
@@ -46,7 +46,7 @@ def question_text(task: str, row: Row) -> str:
     template = definition(task)["doc_to_text"]
     end = template.rfind("{% endfor %}")
     place = end + len("{% endfor %}") if end >= 0 else template.index("{{question}}") + len("{{question}}")
-    environment = SandboxedEnvironment(autoescape=False)  # noqa: S701  # prompts are no HTML
+    environment = SandboxedEnvironment(autoescape=False)  # prompts are no HTML
     clean = {**row, "question": re.sub("<(?=/?question>)", "< ", row["question"], flags=re.IGNORECASE)}
     inside, request = (environment.from_string(part).render(clean) for part in (template[:place], template[place:]))
     return f"{DELIMITERS[0]}{inside.strip()}{DELIMITERS[1]}\n\n{request.strip()}"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from baselines import Baseline
 from transformers import set_seed
 
 from softcot_peft import use_thoughts
