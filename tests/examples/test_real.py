@@ -49,17 +49,17 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
             for n in numbers
         ]
 
-    def choices(first: int) -> list[dict[str, Any]]:
+    def choices(first: int, last: int) -> list[dict[str, Any]]:
         options = [{"label": label, "text": f"number {label}"} for label in "ABCDE"]
         return [
             {"answerKey": "ABCDE"[n % 5], "question": {"stem": f"Which is {n}?", "choices": options}}
-            for n in range(first, first + 15)
+            for n in range(first, last)
         ]
 
     put("gsm8k/train.jsonl", problems(range(60)))
     put("gsm8k/test_half.jsonl", problems(range(56, 66)))
-    put("commonsenseqa/train.jsonl", choices(0))
-    put("commonsenseqa/dev_half.jsonl", choices(12))
+    put("commonsenseqa/train.jsonl", choices(0, 60))
+    put("commonsenseqa/dev_half.jsonl", choices(57, 72))
     options = [f"{letter}){n}" for n, letter in enumerate("ABCDE")]
     put("aqua/test_half.jsonl", [{"question": f"{n}?", "options": options, "correct": "BC"[n % 2]} for n in range(11)])
     strategy = [{"input": f"Is {n} even?", "target_scores": {"Yes": 1 - n % 2, "No": n % 2}} for n in range(11)]
@@ -268,6 +268,17 @@ def test_a_trained_system_answers_the_same_when_loaded_and_whatever_the_batch(
     assert loaded.answer(prompts) == texts
     assert [loaded.answer([prompt])[0] for prompt in prompts] == texts
     assert len(loaded.answer(prompts, num_return_sequences=2, do_sample=True)) == 12
+
+
+@pytest.mark.parametrize("system", TRAINED)
+def test_the_loss_is_that_of_all_logits(system: str, setting: made.Setting, data_dir: str) -> None:
+    built = made.build(Training(system=system, thoughts=2), setting)
+    rows = built.rows(made.examples("gsm8k", data.split("gsm8k", "training", data_dir)[:5], built))
+    rows = [(prompt[place:], response[: 3 + place]) for place, (prompt, response) in enumerate(rows)]
+    if system == "SoftCoT":  # its prompts must be whole
+        rows = built.rows(made.examples("gsm8k", data.split("gsm8k", "training", data_dir)[:5], built))
+    summed = sum(float(built.model(**built.collate([row]))["loss"]) * len(row[1]) for row in rows)
+    assert training.loss(built, rows) == pytest.approx(summed / sum(len(response) for _, response in rows), abs=1e-4)
 
 
 def test_rows_of_like_length_are_together_and_every_row_comes_once_per_epoch() -> None:
