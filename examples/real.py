@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=Path, help="folder with a subfolder for each model; default: models from the Hub")
     add("--data-dir", help="folder with the original files of the data sets, instead of the Hub")
+    add("--note", default="", help="a sentence about the models for the page, such as how their weights were made")
     add("--part", choices=[*plan.PARTS, "protocol", "page"], help="default: all parts in order")
     add("--plan", action="store_true", help="print the jobs of the parts with estimated times, and start nothing")
     add("--output-dir", type=Path, default=Path("runs/real"), help="folder of the results")
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.part == "protocol":
         print(protocol.write(args.docs, store, sizes))
     elif args.part == "page" or "final" in parts:
-        write(store, sizes, setting, args.docs)
+        write(store, sizes, setting, args.docs, args.note)
         print(f"Wrote {args.docs / 'real-models.md'}.")
     elif args.part in ("pilot", "tries"):
         print(protocol.summary(store, sizes))

@@ -20,7 +20,7 @@ from .jobs import Training
 from .systems import batches
 
 Rows = Sequence[tuple[list[int], list[int]]]  # ids of prompts and responses
-MICRO = 4  # rows of one pass; more would need memory for their logits
+MICRO = 8  # rows of one pass; more would need memory for their logits
 MARGIN = 0.1  # nats per token, by which another question's thoughts should be worse
 LOSSES = tuple(control for control in CONTROLS if control != "none")
 
