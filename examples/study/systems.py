@@ -59,6 +59,12 @@ def batches(order: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     return [order[first:last] for first, last in pairwise(bounds)]
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of rendered prompts; a chat template has written the special tokens."""
+    special = tokenizer.chat_template is None
+    return [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=special)["input_ids"]]
+
+
 def unused_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a special token that no prompt contains: placeholder of CoT-Unk, and mark of the thoughts' place.
 
@@ -66,23 +72,14 @@ def unused_token(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: There is none.
     """
     prompt = rendered(tokenizer, MIDDLE)
-    ending = (tokenizer.eos_token, tokenizer.bos_token)
-    for token in (tokenizer.unk_token, tokenizer.pad_token, *tokenizer.all_special_tokens):
-        if token is not None and token not in prompt and token not in ending:
+    used = {tokenizer.eos_token_id, *ids_of(tokenizer, [prompt])[0]}
+    added = map(str, tokenizer.added_tokens_decoder.values())
+    for token in (tokenizer.unk_token, tokenizer.pad_token, *tokenizer.all_special_tokens, *added):
+        if token is not None and tokenizer.convert_tokens_to_ids(token) not in used:
             return str(token)
-    names = tokenizer.added_tokens_decoder.values()
-    for token in map(str, names):
-        if token not in prompt and token not in ending:
-            return token
     raise ValueError(
         f"`base` must have a special token that its prompts do not use, {tokenizer.name_or_path} has none."
     )
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of rendered prompts; a chat template has written the special tokens."""
-    special = tokenizer.chat_template is None
-    return [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=special)["input_ids"]]
 
 
 class Real(Baseline):
