@@ -9,7 +9,7 @@ JOBS ?= 2
 # Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report bench test test-matrix conformance serving fuzz check style clean
+.PHONY: quickstart report real bench test test-matrix conformance serving fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,12 @@ quickstart: .venv/base  ## train and use an adapter on the small pair, offline, 
 
 report: .venv/report  ## run every system and control on the small pair with 3 seeds, and write docs/results.md; resumable
 	$(BIN)/python examples/report.py
+
+# MODELS=FOLDER: a folder with a subfolder for each model, instead of the Hub. DATA=FOLDER: the data sets' own files.
+# PART=rationales, pilot, tries, protocol, final or page; PLAN=1 prints the jobs and their estimated times.
+# NOTE: a sentence about the models for the page.
+real: .venv/report  ## run the study of real models, and write docs/real-models.md; resumable; 12 hours on 2 cores
+	$(BIN)/python examples/real.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data-dir $(DATA)) $(if $(PART),--part $(PART)) $(if $(NOTE),--note "$(NOTE)") $(if $(PLAN),--plan)
 
 bench: .venv/report  ## compare SoftCoT's time and memory with other methods, and write docs/performance.md
 	$(BIN)/python -m benchmarks --size $(SIZE)

@@ -16,16 +16,16 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from results.jobs import Job, experiments, makings, tuning
 from results.page import write
+from results.runner import run as run_jobs
 from results.store import Store, fingerprint
 from results.work import SMALL, Sizes, perform
 from small_pair import load_or_make
-from tqdm import tqdm
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
@@ -65,20 +65,7 @@ def prepare() -> None:
 
 def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: ProcessPoolExecutor, what: str) -> None:
     """Run the jobs that are not finished, and store each result as soon as it is available."""
-    missing = [job for job in jobs if job not in store]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=what, unit="job", smoothing=0.1) as bar:
-        running = {pool.submit(perform, job, sizes, pair, store.folder): job for job in missing}
-        while running:
-            done = wait(running, return_when=FIRST_COMPLETED).done
-            for future in sorted(
-                done, key=lambda future: future.exception() is not None
-            ):  # store results before raising
-                job = running.pop(future)
-                if future.exception() is not None:
-                    raise RuntimeError(f"The job {job.name!r} failed.") from future.exception()
-                store[job] = future.result()
-                bar.set_postfix_str(job.name, refresh=False)
-                bar.update()
+    run_jobs(jobs, store, what, perform, sizes, pair, store.folder, pool=pool)
 
 
 def best_rates(store: Store) -> Rates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from blocks import write_block, write_whole
 from .beyond import chains, initialisation, sources
 from .figures import save
 from .results import Results
-from .sections import SECTIONS, learning_rates, summary
+from .sections import SECTIONS, Section, learning_rates, summary
 from .store import Store
 from .work import Sizes
 
@@ -48,10 +48,19 @@ def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) ->
     """
     results = Results(store, rates, sizes)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    parts = [HEAD.format(seeds=len(sizes.seeds), libraries=libraries)]
+    sections = [make(results) for make in (*SECTIONS, sources, chains, initialisation, learning_rates)]
+    readme = docs.parent / "README.md"
+    if readme.exists():
+        write_block(readme, "results", summary(results))
+    parts = [HEAD.format(seeds=len(sizes.seeds), libraries=libraries), *written(sections, docs)]
+    write_whole(docs / "results.md", "\n".join(parts))
+
+
+def written(sections: Iterable[Section], docs: Path) -> list[str]:
+    """Save the figures of sections, and return the sections as Markdown."""
+    parts = []
     (docs / "figures").mkdir(parents=True, exist_ok=True)
-    for make in (*SECTIONS, sources, chains, initialisation, learning_rates):
-        section = make(results)
+    for section in sections:
         parts.append(f"## {section.title}\n\n{section.text.strip()}\n")
         for name, (draw, size, shown) in section.figures.items():
             save(draw, docs / "figures" / name, size)
@@ -59,7 +68,4 @@ def write(store: Store, rates: Mapping[str, float], sizes: Sizes, docs: Path) ->
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="figures/{name}-dark.png">'
                 f'<img alt="{shown}" src="figures/{name}-light.png"></picture>\n'
             )
-    readme = docs.parent / "README.md"
-    if readme.exists():
-        write_block(readme, "results", summary(results))
-    write_whole(docs / "results.md", "\n".join(parts))
+    return parts

@@ -8,11 +8,17 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blocks import write_whole
 
-from .jobs import Job
+
+class Job(Protocol):
+    """A dataclass whose fields describe what is done."""
+
+    @property
+    def name(self) -> str:
+        """Name of the result, the beginning of its file's name."""
 
 
 def fingerprint(files: Iterable[Path]) -> str:

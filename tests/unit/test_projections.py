@@ -126,6 +126,14 @@ def test_matched_begins_with_the_norm_of_token_embeddings(pair: Pair, kind: str,
     torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), atol=1e-4, rtol=1e-4)
 
 
+def test_matched_reads_a_text_with_the_delimiters_of_prompts(pair: Pair) -> None:
+    marks = ["<question>", "</question>"]
+    model = attach(pair, projection_init="matched", assistant_prompt_between=marks, num_thought_tokens=N)
+    norms = model.get_base_model().get_input_embeddings().weight.norm(dim=-1)
+    found = soft_thoughts(model, pair.batch([question.join(marks) for question in QUESTIONS])).norm(dim=-1).mean()
+    assert 0.6 < found / norms.median() < 1.7
+
+
 def test_fewer_thoughts_than_maps_use_the_first_ones(pair: Pair) -> None:
     model = attach(pair, projection="per_position", thought_token="<thought>", inference_num_thought_tokens=2)
     batch = pair.batch(QUESTIONS)

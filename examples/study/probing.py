@@ -1,0 +1,78 @@
+"""A linear probe: ridge regression from the assistant's states to the answers, in five folds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcot_peft import compute_thoughts
+
+from .systems import RealSoftCoT, batches
+from .training import Rows
+
+STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
+FOLDS = 5
+
+
+def states(system: RealSoftCoT, rows: Rows) -> Tensor:
+    """Return the assistant's states at the thought positions, `(Q, N * H)`."""
+    compute, found = compute_thoughts(system.model), []
+    places = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
+    for part in batches(places, 16):
+        batch = compute({"input_ids": [rows[place][0] for place in part]})
+        found.append(torch.as_tensor(batch["assistant_hidden_states"]).flatten(1).float())
+    return torch.cat(found)[torch.tensor(places).argsort()]
+
+
+def predicted(known: Tensor, wanted: Tensor, new: Tensor, strength: float) -> Tensor:
+    """Return the predicted classes of new rows, by ridge regression to one-hot targets in its dual form.
+
+    Args:
+        known: `(Q, F)`.
+        wanted: Classes, one-hot, `(Q, C)`.
+        new: `(R, F)`.
+        strength: Of the penalty, relative to the mean squared norm of the rows.
+    """
+    middle, scale = known.mean(0), known.std(0) + 1e-6
+    known, new = (known - middle) / scale, (new - middle) / scale
+    kernel, offset = known @ known.T, wanted.mean(0)
+    penalty = strength * kernel.diagonal().mean() * torch.eye(len(known))
+    return (new @ known.T @ torch.linalg.solve(kernel + penalty, wanted - offset) + offset).argmax(1)
+
+
+def probe(found: Tensor, answers: Sequence[str]) -> dict[str, Any]:
+    """Return which answers a probe predicts, each from the other folds, and which the most frequent answer hits.
+
+    The penalty's strength is chosen within the other folds.
+
+    Args:
+        found: States, `(Q, F)`.
+        answers: One per row.
+
+    Raises:
+        ValueError: There are too few rows.
+    """
+    if len(answers) < 2 * FOLDS:
+        raise ValueError(f"`answers` must be at least {2 * FOLDS}, two for each fold, got {len(answers)}.")
+    classes = sorted(set(answers))
+    target = torch.tensor([classes.index(answer) for answer in answers])
+    hot = torch.nn.functional.one_hot(target, len(classes)).float()
+    fold = torch.arange(len(answers)) % FOLDS
+    right, most = torch.zeros(len(answers)), [0] * len(answers)
+    for out in range(FOLDS):
+        inner = (out + 1) % FOLDS
+        fit, check, test = (fold != out) & (fold != inner), fold == inner, fold == out
+        scores = {
+            each: (predicted(found[fit], hot[fit], found[check], each) == target[check]).float().mean().item()
+            for each in STRENGTHS
+        }
+        strength = max(STRENGTHS, key=lambda each: (scores[each], each))
+        right[test] = (predicted(found[~test], hot[~test], found[test], strength) == target[test]).float()
+        frequent = Counter(target[~test].tolist()).most_common(1)[0][0]
+        for place in test.nonzero()[:, 0].tolist():
+            most[place] = int(target[place] == frequent)
+    return {"right": right.int().tolist(), "most_frequent": most, "classes": len(classes)}
