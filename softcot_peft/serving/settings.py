@@ -9,7 +9,7 @@ ADAPTERS = "SOFTCOT_ADAPTERS"
 DEVICE = "SOFTCOT_DEVICE"
 
 
-def read_adapters(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def read_adapters(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the adapters to serve, as Hub ids or folders by name.
 
         >>> read_adapters({"SOFTCOT_ADAPTERS": "gsm8k=./my-adapter, aqua=owner/name"})
@@ -19,7 +19,7 @@ def read_adapters(environment: Mapping[str, str] = os.environ) -> dict[str, str]
         ValueError: An entry has another form, or two have the same name.
     """
     found: dict[str, str] = {}
-    entries = [entry.strip() for entry in environment.get(ADAPTERS, "").split(",")]
+    entries = [entry.strip() for entry in _value(ADAPTERS, environment).split(",")]
     for entry in filter(None, entries):
         name, _, path = (part.strip() for part in entry.partition("="))
         if not name or not path:
@@ -33,6 +33,11 @@ def read_adapters(environment: Mapping[str, str] = os.environ) -> dict[str, str]
     return found
 
 
-def read_device(environment: Mapping[str, str] = os.environ) -> str:
+def read_device(environment: Mapping[str, str] | None = None) -> str:
     """Return the device that assistants and projections run on; the CPU unless the environment names one."""
-    return environment.get(DEVICE, "").strip() or "cpu"
+    return _value(DEVICE, environment).strip() or "cpu"
+
+
+def _value(name: str, environment: Mapping[str, str] | None) -> str:
+    """Return a variable of an environment; `None`: that of the process, as it is now."""
+    return (os.environ if environment is None else environment).get(name, "")
