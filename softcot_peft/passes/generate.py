@@ -54,7 +54,8 @@ def generate(host: Host, original: Callable[..., Any], *args: Any, **kwargs: Any
     if inputs.get("attention_mask") is None:
         inputs["attention_mask"] = infer_mask(inputs, host.model)
     prompt, length = inputs.get("input_ids"), tokens(inputs).shape[1]
-    generation = _start(host, inputs, source, own, chains)
+    with torch.no_grad():  # as in `generate` itself: chains may be trained through the assistant
+        generation = _start(host, inputs, source, own, chains)
     token = GENERATION.set(generation)
     try:
         result = original(**inputs)

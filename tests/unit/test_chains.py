@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from batches import collate, gradients, labelled, next_logits, responses_of, same, up_to_eos
-from helpers import assistant_passes, backbone_of, find_cache, hooks_of, projection_of, source_of
+from helpers import assistant_passes, backbone_of, find_cache, hooks_of, in_training, projection_of, source_of
 from oracle import Oracle
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny_pair import ANSWERS, QUESTIONS, RUN, Pair
@@ -125,6 +125,13 @@ def test_one_prefill_serves_all_samples_and_each_prompt_is_read_once_for_a_chain
     with assistant_passes(model) as passes:
         model.generate(**batch, max_new_tokens=2, chains=2)
         assert passes == [2]
+
+
+def test_generate_keeps_no_gradients(pair: Pair) -> None:
+    model = attach(pair)
+    with assistant_passes(model, in_training) as passes:
+        model.generate(**pair.batch(QUESTIONS), max_new_tokens=1)
+    assert passes == [False]
 
 
 # Training
