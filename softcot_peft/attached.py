@@ -15,6 +15,8 @@ from .embedding import SoftCoTLayer
 
 if TYPE_CHECKING:
     from .hooks import ThoughtHooks
+    from .passes.host import Host
+    from .sources import ThoughtSource
 
 HOOKS = "softcot_hooks"  # the base's attribute that holds the hooks
 
@@ -36,6 +38,22 @@ def hooks_of(model: nn.Module) -> ThoughtHooks:
         f"`model` must have a SoftCoT adapter, got {type(model).__name__} without one. Call `get_peft_model`, "
         "`PeftModel.from_pretrained` or `load_adapter` first."
     )
+
+
+def active(model: nn.Module) -> tuple[Host, ThoughtSource]:
+    """Return the base that carries the thoughts, and the source of the active adapter.
+
+    Raises:
+        ValueError: The model has no active SoftCoT adapter.
+    """
+    host = hooks_of(model).host
+    source = host.layer.active_source()
+    if source is None:
+        raise ValueError(
+            "`model` must have an active SoftCoT adapter, but its adapters are disabled. Leave `disable_adapter()` "
+            "first."
+        )
+    return host, source
 
 
 def layer_of(model: nn.Module) -> SoftCoTLayer:

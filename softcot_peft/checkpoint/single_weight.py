@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ def _find(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
     path = _optional(name, revision, SAFE_WEIGHTS_NAME)
     if path is not None:
         with safe_open(path, framework="pt") as opened:
-            return path, dict.fromkeys(_names(opened.keys()), SAFE_WEIGHTS_NAME)
+            return path, dict.fromkeys(opened.keys(), SAFE_WEIGHTS_NAME)
     index = _optional(name, revision, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         raise ValueError(
@@ -66,10 +65,6 @@ def _find(name: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
         )
     check_shards(name, revision)
     return None, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-
-
-def _names(keys: Iterable[str]) -> list[str]:
-    return list(keys)
 
 
 def _optional(name: str, revision: str | None, file: str) -> str | None:

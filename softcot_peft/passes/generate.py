@@ -90,11 +90,9 @@ def _start(
     if placement.padded and (mask[:, -1] == 0).any():
         placement = _align(inputs, placement, mask)
     check_chunks(inputs, model, placement)
-    if len(chains) > 1:
-        repeat_for_chains(inputs, len(mask), len(chains))
-        placement = placement.expand(len(mask) * len(chains))
-        each = torch.arange(len(chains), device=first.device)
-        first, prompt = ((rows[:, None] * len(chains) + each).flatten() for rows in (first, prompt))
+    placement = repeat_for_chains(inputs, placement, len(chains))
+    each = torch.arange(len(chains), device=first.device)
+    first, prompt = ((rows[:, None] * len(chains) + each).flatten() for rows in (first, prompt))
     generation = Generation(model, placement, read, mask.shape[1], first, prompt)
     if inputs.get("position_ids") is not None or not shares_prompts(host, source, placement, own):
         _ = generation.states  # before anything of the base runs

@@ -59,7 +59,7 @@ class TwoPassTraining(WholeRows):
         if (chains := states.shape[1]) > 1:  # the prompts run once for all chains
             cache.batch_repeat_interleave(chains)
             rows = rows.repeated(chains)
-            repeat_for_chains(inputs, len(placement.start), chains)
+            repeat_for_chains(inputs, placement, chains)
         self.response = ResponsePass(host, self.source, rows, states)
         self.response.begin_after(inputs, cache, self.trial.replaces_head())
         self.writing = self.response.writing

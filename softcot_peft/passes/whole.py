@@ -44,11 +44,7 @@ class WholeRows(InsertingPass):
 
     def insert_chains(self, inputs: dict[str, Any], placement: Placement, states: Tensor) -> None:
         """Insert into whole rows, once for each chain."""
-        rows, chains = len(placement.start), states.shape[1]
-        if chains > 1:
-            repeat_for_chains(inputs, rows, chains)
-            placement = placement.expand(rows * chains)
-        self.insert_whole(inputs, placement, states)
+        self.insert_whole(inputs, repeat_for_chains(inputs, placement, states.shape[1]), states)
 
     def locate(self, inputs: dict[str, Any]) -> tuple[Placement, dict[str, Tensor | None]]:
         """Check the arguments; returns the placement of the thoughts and the caller's own input for the source."""

@@ -1,27 +1,21 @@
-"""Finds the base and the thought source of a model's active adapter."""
+"""Finds a model's thought source whose states can be computed once."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ..attached import hooks_of
+from ..attached import active
 from ..passes.host import Host
 from ..sources import ThoughtSource
 
 
-def active(model: nn.Module) -> tuple[Host, ThoughtSource]:
+def computable(model: nn.Module) -> tuple[Host, ThoughtSource]:
     """Return the base that carries the thoughts, and the source that reads its prompts.
 
     Raises:
-        ValueError: The model has no active SoftCoT adapter.
+        ValueError: The model has no active SoftCoT adapter, or training changes what its source reads.
     """
-    host = hooks_of(model).host
-    source = host.layer.active_source()
-    if source is None:
-        raise ValueError(
-            "`model` must have an active SoftCoT adapter, but its adapters are disabled. Leave `disable_adapter()` "
-            "first."
-        )
+    host, source = active(model)
     if source.learns_to_read and not source.config.inference_mode:
         raise ValueError(
             "`chain_init` must be 'fixed' for thoughts that are computed once, got trained embeddings: training "

@@ -14,7 +14,7 @@ from ..passes.host import Host
 from ..rows.facts import IGNORED
 from ..rows.placement import prompts
 from ..sources import ThoughtSource
-from .active import active
+from .active import computable
 from .fingerprint import N, fingerprint, to_json
 from .lookup import FINGERPRINT, GIVEN, INPUT, INPUT_KEY, KEY, STATES, prompt_keys, refuse_conflicts
 
@@ -136,7 +136,7 @@ def compute_thoughts(model: nn.Module, num_thought_tokens: int | None = None) ->
         raise TypeError(f"`num_thought_tokens` must be an integer, got {num_thought_tokens!r}.")
     if num_thought_tokens is not None and num_thought_tokens < 1:
         raise ValueError(f"`num_thought_tokens` must be at least 1, got {num_thought_tokens}.")
-    host, source = active(model)
+    host, source = computable(model)
     return ComputeThoughts(host, source, num_thought_tokens)
 
 

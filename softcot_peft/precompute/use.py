@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .active import active
+from .active import computable
 from .fingerprint import refuse_stale
 from .lookup import ThoughtLookup
 
@@ -42,7 +42,7 @@ def use_thoughts(model: nn.Module, dataset: Any | None) -> None:
         use_thoughts(model, None)  # the assistant runs again
         ```
     """
-    _, source = active(model)
+    _, source = computable(model)
     if dataset is None:
         source.precomputed = None
         return

@@ -91,8 +91,11 @@ def insert_thoughts(
     return requested
 
 
-def repeat_for_chains(inputs: dict[str, Any], rows: int, chains: int) -> None:
-    """Repeat each of the `rows` rows of all arguments for its chains, which are adjacent."""
+def repeat_for_chains(inputs: dict[str, Any], placement: Placement, chains: int) -> Placement:
+    """Repeat each row of all arguments for its chains, which are adjacent; returns the rows' placement."""
+    rows = len(placement.start)
+    if chains == 1:
+        return placement
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
@@ -101,6 +104,7 @@ def repeat_for_chains(inputs: dict[str, Any], rows: int, chains: int) -> None:
             inputs[name] = value.repeat_interleave(chains, dim=axis)
     if inputs.get("num_items_in_batch") is not None:  # the mean over chains, not their sum
         inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * chains
+    return placement.expand(rows * chains)
 
 
 def drop_early_labels(inputs: dict[str, Any], placement: Placement) -> None:

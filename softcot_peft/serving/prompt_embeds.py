@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attached import hooks_of
+from ..attached import active
 from ..passes.cache_record import check_room
 from ..passes.options import infer_mask
 from ..rows.arguments import insert_thoughts, repeat_for_chains
@@ -62,13 +62,7 @@ def prompt_embeds(
             print(embeds.shape)  # (tokens and thoughts, H)
         ```
     """
-    host = hooks_of(model).host
-    source = host.layer.active_source()
-    if source is None:
-        raise ValueError(
-            "`model` must have an active SoftCoT adapter, but its adapters are disabled. Leave `disable_adapter()` "
-            "first; a plain base needs no embeddings."
-        )
+    host, source = active(model)
     selected = source.select_chains(chains)
     own = {"assistant_input_ids": assistant_input_ids, "assistant_attention_mask": assistant_attention_mask}
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -79,8 +73,7 @@ def prompt_embeds(
     check_room(host.model, None, inputs, input_ids.shape[1], placement.num_inserted)
     states = host.read(input_ids, placement, source, own, chains=selected)  # (B, C, N, H_source)
     inputs["inputs_embeds"] = host.model.get_input_embeddings()(input_ids)
-    repeat_for_chains(inputs, len(states), len(selected))
-    placement = placement.expand(len(states) * len(selected))
+    placement = repeat_for_chains(inputs, placement, len(selected))
     insert_thoughts(inputs, placement, host.layer.soft_thoughts(states).flatten(0, 1), host.filler(source))
     masks = inputs["attention_mask"].bool()
     embeds: list[Tensor] = [row[mask] for row, mask in zip(inputs["inputs_embeds"], masks, strict=True)]
