@@ -33,9 +33,9 @@ report: .venv/report  ## run every system and control on the small pair with 3 s
 
 # MODELS=FOLDER: a folder with a subfolder for each model, instead of the Hub. DATA=FOLDER: the data sets' own files.
 # PART=rationales, pilot, tries, protocol, final or page; PLAN=1 prints the jobs and their estimated times.
-# NOTE: a sentence about the models for the page.
+# NOTE: a sentence about the models for the page. On an accelerator: SCALE=full PROCESSES=8 BATCH=256.
 real: .venv/report  ## run the study of real models, and write docs/real-models.md; resumable; 12 hours on 2 cores
-	$(BIN)/python examples/real.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data-dir $(DATA)) $(if $(PART),--part $(PART)) $(if $(NOTE),--note "$(NOTE)") $(if $(PLAN),--plan)
+	$(BIN)/python examples/real.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data-dir $(DATA)) $(if $(PART),--part $(PART)) $(if $(NOTE),--note "$(NOTE)") $(if $(SCALE),--size $(SCALE)) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(BATCH),--batch $(BATCH)) $(if $(PLAN),--plan)
 
 bench: .venv/report  ## compare SoftCoT's time and memory with other methods, and write docs/performance.md
 	$(BIN)/python -m benchmarks --size $(SIZE)

@@ -9,7 +9,10 @@ page from what is finished.
 
 FOLDER has a subfolder for each model: two or three, told apart by the size of their weights. Without it, models are
 loaded from the Hub. Each job writes a file, so an interrupted run resumes where it stopped. Jobs run one after the
-other in one process with all cores. `--small` runs a tiny version of every part as a trial.
+other in one process with all cores; with `--processes` several run at once, which pays on an accelerator.
+
+`--size cpu` takes about 12 hours on two cores. `--size full` is for an accelerator: longer training, and all test
+questions of GSM8K. `--size trial` runs a tiny version of every part.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import warnings
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from results.runner import run
+from results.runner import prepare, quiet, run
 from results.store import Store
 from sources import check_source
 from study import plan, protocol
@@ -31,7 +38,6 @@ from study.jobs import Job
 from study.made import Setting, code_state
 from study.page import write
 from study.work import perform
-from transformers.utils import logging
 
 HERE = Path(__file__).parent
 HUB = {
@@ -39,7 +45,8 @@ HUB = {
     "medium": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
     "large": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
 }
-SMALL_TOKENS = 24
+SIZES = {"cpu": plan.Sizes(), "full": plan.FULL, "trial": plan.SMALL}
+TRIAL_TOKENS = 24
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("runs/real"), help="folder of the results")
     add("--docs", type=Path, default=HERE.parent / "docs", help="folder of the protocol, the page and its figures")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    add("--small", action="store_true", help="a few steps and questions; the numbers are meaningless")
+    add("--size", choices=SIZES, default="cpu", help="of the study; the numbers of a trial are meaningless")
+    add("--processes", type=int, default=1, help="jobs that run at once")
+    add("--batch", type=int, default=16, help="answers generated at once; an accelerator is faster with hundreds")
     return parser.parse_args(argv)
 
 
@@ -140,11 +149,28 @@ def print_plan(parts: Sequence[str], store: Store, sizes: plan.Sizes, setting: S
     print(f"Left in all: {total:.1f} h on two cores in bfloat16, with models of 0.1, 0.5 and 1.5 billion parameters.")
 
 
-def run_part(part: str, store: Store, sizes: plan.Sizes, setting: Setting, docs: Path) -> None:
+@contextmanager
+def workers(number: int) -> Iterator[Executor | None]:
+    """Start processes for the jobs; for one, jobs run in this process."""
+    if number == 1:
+        yield None
+        return
+    os.environ["TQDM_DISABLE"] = os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers at startup
+    with ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), prepare) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_part(
+    part: str, store: Store, sizes: plan.Sizes, setting: Setting, docs: Path, pool: Executor | None = None
+) -> None:
     """Run the jobs of a part; the pilot's search adds jobs until each system has worse values on both sides."""
     while any(job not in store for job in jobs_of(part, store, sizes, setting, docs)):
-        jobs = jobs_of(part, store, sizes, setting, docs)
-        run(jobs, store, part, perform, setting, minutes=lambda job: plan.seconds(job) / 60)
+        jobs, needs = jobs_of(part, store, sizes, setting, docs), partial(plan.needs, writings=setting.writings)
+        run(jobs, store, part, perform, setting, pool=pool, minutes=lambda job: plan.seconds(job) / 60, needs=needs)
     jobs = jobs_of(part, store, sizes, setting, docs)
     states = {store[job]["code"] for job in jobs} | {setting.code}
     if len(states) > 1:
@@ -154,22 +180,20 @@ def run_part(part: str, store: Store, sizes: plan.Sizes, setting: Setting, docs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts, then write the page."""
     args = parse_args(argv)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    models, sizes = find_models(args.models), plan.SMALL if args.small else plan.Sizes()
-    store = Store(args.output_dir / (identity(models, args.data_dir) + "-small" * args.small))
-    setting = Setting(models, store.folder, args.data_dir, plan.writings(sizes, models), args.dtype)
+    quiet()
+    models, sizes = find_models(args.models), SIZES[args.size]
+    store = Store(args.output_dir / f"{identity(models, args.data_dir)}-{args.size}")
+    setting = Setting(models, store.folder, args.data_dir, plan.writings(sizes, models), args.dtype, batch=args.batch)
     setting = replace(setting, code=code_state(sources()))
-    if args.small:
-        setting = replace(setting, max_new_tokens=SMALL_TOKENS)
+    if args.size == "trial":
+        setting = replace(setting, max_new_tokens=TRIAL_TOKENS)
     parts = plan.PARTS if args.part is None else [args.part] if args.part in plan.PARTS else []
     if args.plan:
         print_plan(parts or plan.PARTS, store, sizes, setting, args.docs)
         return
-    for part in parts:
-        run_part(part, store, sizes, setting, args.docs)
+    with workers(args.processes if parts else 1) as pool:
+        for part in parts:
+            run_part(part, store, sizes, setting, args.docs, pool)
     if args.part == "protocol":
         print(protocol.write(args.docs, store, sizes))
     elif args.part == "page" or "final" in parts:

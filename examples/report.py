@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import threading
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
 from results.jobs import Job, experiments, makings, tuning
 from results.page import write
+from results.runner import prepare
 from results.runner import run as run_jobs
 from results.store import Store, fingerprint
 from results.work import SMALL, Sizes, perform
 from small_pair import load_or_make
-from transformers.utils import logging
 
 HERE = Path(__file__).parent
 Rates = dict[str, float]
@@ -49,18 +46,6 @@ def sources(pair: Path) -> list[Path]:
     results = [HERE / "results" / name for name in ("work.py", "variants.py")]
     code = [*HERE.glob("baselines/*.py"), HERE / "small_pair.py", *results]
     return [*code, *(HERE.parent / "softcot_peft").rglob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
-
-
-def prepare() -> None:
-    """Set up a worker: one thread, no progress bars, and exit if the parent process is killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: ProcessPoolExecutor, what: str) -> None:

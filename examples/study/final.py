@@ -11,7 +11,7 @@ from .plan import ALL_CONTROLS, CONTROLS, Sizes
 
 Choices = Mapping[str, Mapping[str, Any]]  # by system, fields of `Training`
 PROBED = ("aqua", "strategyqa", "commonsenseqa")
-OTHER_SYSTEMS = ("LoRA", "SoftCoT")  # trained with several seeds, and for the other pairs
+OTHER_SYSTEMS = ("LoRA", "SoftCoT")  # trained for the other pairs
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Final:
         """Return the training of a system, as chosen but for some fields."""
         chosen = Training(system=system, **self.choices[system])
         pair = changes.get("pair")
-        if pair == "C":
-            changes["rationales"] = "human"  # this base solves too few problems to write rationales of its own
+        if pair and PAIRS[pair][0] not in dict(self.sizes.written):
+            changes["rationales"] = "human"  # this base has written none of its own
         if pair == "B":
             changes["batch"] = max(2, chosen.batch // 2)  # its rows take three times as long
         return replace(chosen, **changes)
@@ -47,12 +47,12 @@ class Final:
         """Return the evaluations of a system for pair A on GSM8K, by seed."""
         if system in UNTRAINED:
             return [Evaluation("A", system, count=self.sizes.headline)]
-        seeds = self.sizes.seeds if system in OTHER_SYSTEMS else self.sizes.seeds[:1]
+        seeds = self.sizes.seeds if system in self.sizes.seeded else self.sizes.seeds[:1]
         return [asked(self.training(system, seed=seed), count=self.sizes.headline) for seed in seeds]
 
     def controls(self, control: str) -> list[Evaluation]:
-        """Return the headline's SoftCoT with a control: another question's thoughts by seed, others for the first."""
-        seeds = self.headline("SoftCoT")[: None if control == "other_question" else 1]
+        """Return the headline's SoftCoT with a control: real thoughts by seed, others for the first."""
+        seeds = self.headline("SoftCoT")[: None if control in ("other_question", "mean") else 1]
         return [replace(each, control=control) for each in seeds]
 
     def style(self, system: str, rationales: str) -> Evaluation:

@@ -45,6 +45,7 @@ class Setting:
         writings: The jobs that write rationales, by base.
         dtype: Of the models.
         max_new_tokens: Of an answer.
+        batch: Answers generated at once.
         code: State of the code, kept with each result.
     """
 
@@ -54,12 +55,13 @@ class Setting:
     writings: dict[str, tuple[Writing, ...]]
     dtype: str = "bfloat16"
     max_new_tokens: int = 320
+    batch: int = 16
     code: str = field(default="", compare=False)
 
     def pair(self, name: str) -> Models:
         """Return the models of a pair."""
         base, assistant = (self.models[size] for size in PAIRS[name])
-        return Models(base, assistant, self.dtype, self.max_new_tokens)
+        return Models(base, assistant, self.dtype, self.max_new_tokens, self.batch)
 
 
 def code_state(files: Sequence[Path]) -> str:

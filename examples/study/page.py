@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from blocks import write_whole
 from results.page import written
@@ -32,8 +33,17 @@ replace the thoughts.
 the same rows, in the same order, for the same number of steps. Brackets show 95 % intervals: Wilson's, with several
 seeds the wider of Wilson's and Student's.
 
-Run with {libraries}, in {dtype}.
+Run with {run}, in {dtype}.
 """
+
+
+def described(results: Iterable[Mapping[str, Any]]) -> str:
+    """Return the devices and versions that results were made with."""
+    found = {
+        f"{', '.join(f'{name} {number}' for name, number in each['libraries'].items())} on {each['device']}"
+        for each in results
+    }
+    return "; ".join(sorted(found))
 
 
 def write(store: Store, sizes: Sizes, setting: Setting, docs: Path, note: str = "") -> None:
@@ -57,7 +67,7 @@ def write(store: Store, sizes: Sizes, setting: Setting, docs: Path, note: str = 
         models=", ".join(f"{size}: `{name}`" for size, name in names.items()),
         pairs=", ".join(f"{pair} {base} + {assistant}" for pair, (base, assistant) in PAIRS.items()),
         protocol=NAME,
-        libraries=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")),
+        run=described(store[job] for job in found.final.all() if job in store),
         dtype=setting.dtype,
         note=f" {note}" if note else "",
     )

@@ -40,12 +40,14 @@ class Sizes:
         written: Questions that each base answers for rationales of its own, in jobs of at most `stretch`.
         stretch: Questions of one such job.
         pilot_steps: Optimizer steps of the search for learning rates.
-        extended: How many rates the search may add beyond its first three.
+        wider: How many rates the search begins with beyond the first ones, on each side.
+        extended: How many rates it may add to these.
         steps: Optimizer steps of all other training.
         batch: Rows per step.
         validated: Rows of the validation part whose loss is computed.
         tried: Questions of the validation part per try.
-        seeds: Of the headline's SoftCoT and LoRA.
+        seeds: Of the headline's `seeded` systems; all others have the first one.
+        seeded: Trained systems with several seeds.
         headline: Test questions of GSM8K for pair A.
         compared: Test questions of GSM8K for the other pairs.
         transferred: Test questions of each of the other tasks.
@@ -60,12 +62,14 @@ class Sizes:
     written: tuple[tuple[str, int], ...] = (("medium", 768), ("large", 128))
     stretch: int = 256
     pilot_steps: int = 12
+    wider: int = 0
     extended: int = 6
     steps: int = 40
     batch: int = 8
     validated: int = 32
     tried: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
+    seeded: tuple[str, ...] = ("LoRA", "SoftCoT")
     headline: int = 150
     compared: int = 64
     transferred: int = 40
@@ -77,6 +81,20 @@ class Sizes:
     probed: int = 400
 
 
+# For an accelerator: longer training, and all test questions of GSM8K for pairs A and D.
+FULL = Sizes(
+    written=(("medium", 1536),),
+    stretch=384,
+    pilot_steps=60,
+    wider=1,
+    steps=60,
+    validated=64,
+    tried=160,
+    seeded=TRAINED,
+    headline=660,
+    diagnosed=64,
+    probed=600,
+)
 SMALL = Sizes(
     written=(("medium", 6), ("large", 4)),
     stretch=4,
@@ -128,6 +146,14 @@ def writings(sizes: Sizes, available: Iterable[str]) -> dict[str, tuple[Writing,
     return found
 
 
+def needs(job: Job, writings: Mapping[str, tuple[Writing, ...]]) -> tuple[Job, ...]:
+    """Return the jobs whose results a job reads, given those that write rationales, by base."""
+    if isinstance(job, Training):
+        return () if job.rationales == "human" else writings[PAIRS[job.pair][0]]
+    training = getattr(job, "training", None)
+    return () if training is None else (training,)
+
+
 # Pilot
 
 
@@ -141,6 +167,14 @@ def step_of(rate: float, by: int) -> float:
     return float(f"{(3 if place % 2 else 1)}e{place // 2}")
 
 
+def first_rates(system: str, sizes: Sizes) -> list[float]:
+    """Return the rates that the search begins with, from low to high."""
+    rates = list(FIRST_RATES[system])
+    for _ in range(sizes.wider):
+        rates = [step_of(rates[0], -1), *rates, step_of(rates[-1], 1)]
+    return rates
+
+
 def pilot(system: str, rate: float, sizes: Sizes) -> Training:
     """Return the run of a system with a learning rate, on human rationales of pair A."""
     fixed = {"steps": sizes.pilot_steps, "batch": sizes.batch, "validated": sizes.validated}
@@ -149,12 +183,12 @@ def pilot(system: str, rate: float, sizes: Sizes) -> Training:
 
 def searched(system: str, store: Store, sizes: Sizes) -> tuple[list[float], float | None]:
     """Return the rates to try now, from low to high, and the best one once a worse one lies on both sides."""
-    rates = list(FIRST_RATES[system])
+    rates = first = first_rates(system, sizes)
     while all(pilot(system, rate, sizes) in store for rate in rates):
         losses = [store[pilot(system, rate, sizes)]["losses"]["own"] for rate in rates]
         place = losses.index(min(losses))
         new = {0: step_of(rates[0], -1), len(rates) - 1: step_of(rates[-1], 1)}.get(place)
-        if new is None or len(rates) == len(FIRST_RATES[system]) + sizes.extended:
+        if new is None or len(rates) == len(first) + sizes.extended:
             return rates, rates[place]
         rates = sorted([*rates, new])
     return rates, None
@@ -193,10 +227,12 @@ def tries(rate: float, sizes: Sizes) -> dict[str, Training]:
         "thoughts as long as embeddings": replace(plain, projection_init="matched"),
         "no lead-in": replace(plain, lead_in=False),
         "two thirds of the assistant's layers": replace(plain, depth=2 / 3),
+        "N = 2": replace(plain, thoughts=2),
         "N = 32": replace(plain, thoughts=32),
         "per-position projection": replace(plain, projection="per_position"),
         "two-layer projection": replace(plain, projection="mlp"),
         "contrastive term": replace(plain, contrast=1.0),
+        "contrastive term, thoughts as long as embeddings": replace(plain, contrast=1.0, projection_init="matched"),
         "twice as many steps": replace(plain, steps=2 * sizes.steps),
         "base as source": replace(plain, thought_source="base"),
     }

@@ -71,12 +71,15 @@ def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training
         steps: Places of the rows of each step.
         training: Rate, warm-up and the weight of the contrastive term.
     """
+    # SDPA's gradients were NaN in some batches of padded rows in bfloat16 (torch 2.11, H200)
+    base = getattr(system.model, "get_base_model", lambda: system.model)()
+    base.set_attn_implementation("eager" if base.device.type == "cuda" else "sdpa")
     parameters = [each for each in system.model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=0.0)
     warm = max(1, round(training.warmup * len(steps)))
     rise = [min((step + 1) / warm, (len(steps) - step) / max(1, len(steps) - warm)) for step in range(len(steps))]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rise[min(step, len(rise) - 1)])
-    history = []
+    history: list[float] = []
     system.model.train()
     for places in steps:
         total = sum(len(rows[place][1]) for place in places)
@@ -90,11 +93,14 @@ def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training
                     other = losses_of(system, chosen)[0]
                 loss = loss + training.contrast * torch.relu(MARGIN * tokens + loss - other)
             (loss / total).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(f"The gradients of step {len(history)} must be finite, got a norm of {norm}.")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     system.model.eval()
+    base.set_attn_implementation("sdpa")
     return history
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -30,12 +31,16 @@ SEEN = 64  # training questions whose thoughts are averaged for the control "mea
 
 
 def perform(job: Job, setting: Setting) -> Result:
-    """Run a job, and add its seconds and the state of the code to the result."""
+    """Run a job, and add its seconds, the state of the code, the libraries and the device to the result."""
     began = time.monotonic()
     kinds = {Writing: write, Training: train, Evaluation: evaluate, Diagnosis: diagnose, Probe: probe}
     result: Result = kinds[type(job)](job, setting)  # type: ignore[operator]
     gc.collect()
-    return result | {"seconds": time.monotonic() - began, "code": setting.code}
+    torch.cuda.empty_cache()  # other processes use the same device
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    libraries = {name: version(name) for name in ("torch", "transformers", "peft")}
+    made = {"code": setting.code, "libraries": libraries, "device": device}
+    return result | {"seconds": time.monotonic() - began} | made
 
 
 def scored(task: str, asked: Sequence[tasks.Row], texts: Sequence[str], copies: int) -> Result:
@@ -54,7 +59,7 @@ def scored(task: str, asked: Sequence[tasks.Row], texts: Sequence[str], copies: 
 
 def write(job: Writing, setting: Setting) -> Result:
     """Sample one answer to each question of a stretch of the training part; keep the texts of the right ones."""
-    system = RealZeroShot(Models(setting.models[job.base], "", setting.dtype, setting.max_new_tokens))
+    system = RealZeroShot(Models(setting.models[job.base], "", setting.dtype, setting.max_new_tokens, setting.batch))
     asked = data.split("gsm8k", "training", setting.data_dir)[job.first : job.first + job.count]
     rows = examples("gsm8k", asked, system)
     set_seed(job.seed + job.first)

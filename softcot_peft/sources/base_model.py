@@ -81,10 +81,11 @@ class BaseSource(ThoughtSource):
         return output.last_hidden_state[:, -num_thoughts:].clone()[:, None], cache
 
     def _with_positions(self, prompts: Prompts, num_thoughts: int) -> tuple[Tensor, Tensor]:
-        """Return ids and mask of prompts with thought positions, `(B, P + N)`."""
+        """Return ids and mask of prompts with thought positions, `(B, P + N)`, on the device of the embeddings."""
         size = (len(prompts.input_ids), num_thoughts)
         ids = torch.cat([prompts.input_ids, prompts.input_ids.new_full(size, self.position_token_id)], 1)
-        return ids, torch.cat([prompts.attention_mask, prompts.attention_mask.new_ones(size)], 1)
+        mask = torch.cat([prompts.attention_mask, prompts.attention_mask.new_ones(size)], 1)
+        return ids.to(prompts.device), mask.to(prompts.device)
 
     @contextmanager
     def _reading(self, device: torch.device) -> Iterator[None]:

@@ -83,7 +83,7 @@ def options(models: Path, data_dir: str, tmp_path: Path) -> list[str]:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / protocol.NAME).write_text(PROTOCOL, encoding="utf-8")
     places = ["--models", str(models), "--data-dir", data_dir, "--output-dir", str(tmp_path / "runs")]
-    return [*places, "--docs", str(tmp_path / "docs"), "--small", "--dtype", "float32"]
+    return [*places, "--docs", str(tmp_path / "docs"), "--size", "trial", "--dtype", "float32"]
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_what_is_done_before_a_kill_is_not_done_again(options: list[str], tmp_pa
     process.wait()
     kept = {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.json")}
     assert kept
-    real.main([*options, "--part", "pilot"])
+    real.main([*options, "--part", "pilot", "--processes", "2"])
     assert all(path.read_bytes() == text for path, text in kept.items())
     assert len(list(tmp_path.glob("runs/*/*.json"))) > len(kept)
     assert not list(tmp_path.glob("runs/*/*.half"))
@@ -157,7 +157,7 @@ def test_what_is_done_before_a_kill_is_not_done_again(options: list[str], tmp_pa
 def test_the_plan_is_printed_before_anything_runs_and_fits_its_hours(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    real.main([*[option for option in options if option != "--small"], "--plan"])
+    real.main([*options, "--size", "cpu", "--plan"])
     printed = capsys.readouterr().out
     for part in plan.PARTS:
         assert f"\n{part}: " in printed
