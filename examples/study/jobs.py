@@ -162,7 +162,22 @@ class Probe:
         return hyphened("probe", self.pair, self.task)
 
 
-Job = Writing | Training | Evaluation | Diagnosis | Probe
+@dataclass(frozen=True)
+class Spread:
+    """How far the states that are projected differ between questions, before any training."""
+
+    pair: str
+    thought_source: str = "assistant"
+    count: int = 64
+    thoughts: int = 8
+
+    @property
+    def name(self) -> str:
+        """Name of the result."""
+        return hyphened("spread", self.pair, self.thought_source)
+
+
+Job = Writing | Training | Evaluation | Diagnosis | Probe | Spread
 
 
 def asked(training: Training, **fields: object) -> Evaluation:

@@ -13,7 +13,7 @@ from typing import Any
 
 from results.store import Store
 
-from .jobs import PAIRS, TRAINED, Evaluation, Job, Probe, Training, Writing, asked
+from .jobs import PAIRS, TRAINED, Evaluation, Job, Probe, Spread, Training, Writing, asked
 
 PARTS = ("rationales", "pilot", "tries", "final")
 FIRST_RATES = {
@@ -67,16 +67,16 @@ class Sizes:
     steps: int = 40
     batch: int = 8
     validated: int = 32
-    tried: int = 32
+    tried: int = 24
     seeds: tuple[int, ...] = (0, 1, 2)
     seeded: tuple[str, ...] = ("LoRA", "SoftCoT")
-    headline: int = 150
-    compared: int = 64
-    transferred: int = 40
-    voted: int = 40
+    headline: int = 140
+    compared: int = 56
+    transferred: int = 32
+    voted: int = 32
     samples: int = 5
     numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    gridded: int = 24
+    gridded: int = 16
     diagnosed: int = 16
     probed: int = 400
 
@@ -92,6 +92,10 @@ FULL = Sizes(
     tried=160,
     seeded=TRAINED,
     headline=660,
+    compared=64,
+    transferred=40,
+    voted=40,
+    gridded=24,
     diagnosed=64,
     probed=600,
 )
@@ -132,8 +136,9 @@ def seconds(job: Job) -> float:
         hints = 0.4 * job.count * ANSWER[source] if job.system == "Assist-CoT" else 0
         short = 0.3 if job.control == "zero" else 0.75 if job.training else 1  # right and empty answers are short
         return STARTING + short * job.count * job.samples * ANSWER[base] + hints
-    base = PAIRS[job.pair if isinstance(job, Probe) else job.training.pair][int(isinstance(job, Probe))]
-    return STARTING + (job.count * LOSS * ROW[base] if isinstance(job, Probe) else 2.2 * job.count * ANSWER[base])
+    if isinstance(job, Probe | Spread):
+        return STARTING + job.count * LOSS * ROW[PAIRS[job.pair][1]]
+    return STARTING + 2.2 * job.count * ANSWER[PAIRS[job.training.pair][0]]
 
 
 def writings(sizes: Sizes, available: Iterable[str]) -> dict[str, tuple[Writing, ...]]:
@@ -253,9 +258,18 @@ def style(rates: Mapping[str, float], sizes: Sizes) -> list[Job]:
     return jobs
 
 
+def spreads(sizes: Sizes) -> list[Spread]:
+    """Return how far the states differ that are projected: of both smaller models as assistants, and of the base."""
+    return [
+        Spread("A", count=sizes.diagnosed),
+        Spread("D", count=sizes.diagnosed),
+        Spread("A", "base", sizes.diagnosed),
+    ]
+
+
 def all_tries(rates: Mapping[str, float], sizes: Sizes) -> list[Job]:
     """Return all jobs of the tries."""
-    jobs: list[Job] = style(rates, sizes)
+    jobs: list[Job] = [*spreads(sizes), *style(rates, sizes)]
     for training in tries(rates["SoftCoT"], sizes).values():
         jobs += [training, *tried(training, sizes).values()]
     return jobs

@@ -1,4 +1,4 @@
-"""A linear probe: ridge regression from the assistant's states to the answers, in five folds."""
+"""What the states before the projection hold: how far they differ, and what a linear probe finds in them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,30 @@ FOLDS = 5
 
 
 def states(system: RealSoftCoT, rows: Rows) -> Tensor:
-    """Return the assistant's states at the thought positions, `(Q, N * H)`."""
+    """Return the source's states at the thought positions, `(Q, N * H)`."""
     compute, found = compute_thoughts(system.model), []
     places = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
     for part in batches(places, 16):
         batch = compute({"input_ids": [rows[place][0] for place in part]})
         found.append(torch.as_tensor(batch["assistant_hidden_states"]).flatten(1).float())
     return torch.cat(found)[torch.tensor(places).argsort()]
+
+
+def spread(found: Tensor) -> dict[str, float]:
+    """Return how far states `(Q, N, H)` differ between questions.
+
+    Returns:
+        `norm`, their mean norm; `cosine`, the mean cosine between two questions' states at a position; and `share`,
+        the share of their squared norm that is left when each position's mean over the questions is subtracted.
+    """
+    unit = torch.nn.functional.normalize(found, dim=-1).transpose(0, 1)  # (N, Q, H)
+    pairs = torch.tril_indices(len(found), len(found), -1)
+    centred = found - found.mean(0)
+    return {
+        "norm": float(found.norm(dim=-1).mean()),
+        "cosine": float((unit @ unit.mT)[:, pairs[0], pairs[1]].mean()),
+        "share": float(centred.square().sum() / found.square().sum()),
+    }
 
 
 def predicted(known: Tensor, wanted: Tensor, new: Tensor, strength: float) -> Tensor:

@@ -13,7 +13,7 @@ from results.sections import table
 from results.store import Store
 
 from .jobs import TRAINED, Evaluation, Training
-from .plan import FIRST_RATES, Sizes, pilot, rates_of, searched, tried, tries
+from .plan import FIRST_RATES, Sizes, pilot, rates_of, searched, style, tried, tries
 
 NAME = "real-models-protocol.md"
 BLOCK = "choices"
@@ -114,12 +114,15 @@ def try_rows(store: Store, sizes: Sizes) -> list[list[object]]:
             shares = [f"{100 * result[each] / result['asked']:.1f}" for each in ("right", "other")]
             gaps = [f"{result[each]:+.3f}" for each in ("gap_other", "gap_mean")]
             rows.append([name, *shares, f"{result['loss']:.3f}", *gaps, f"{result['tokens']:.0f}"])
-    alone = Evaluation("A", "zero-shot", split="validation", count=sizes.tried)
-    if alone in store:
-        right = store[alone]["right"]
-        rows.append(
-            ["*base alone*", f"{100 * sum(right) / len(right):.1f}", "", "", "", "", f"{store[alone]['tokens']:.0f}"]
-        )
+    for job in style(rates_of(store, sizes), sizes):
+        if isinstance(job, Evaluation) and job in store:
+            right, loss = store[job]["right"], ""
+            if job.training is not None and job.training in store:
+                loss = f"{store[job.training]['losses']['own']:.3f}"
+            kind = {"own": ", own rationales", "human_same": ", human rationales"}
+            name = f"*{job.system}{kind[job.training.rationales] if job.training else ''}*"
+            share = f"{100 * sum(right) / len(right):.1f}"
+            rows.append([name, share, "", loss, "", "", f"{store[job]['tokens']:.0f}"])
     return rows
 
 

@@ -11,8 +11,9 @@ from results.statistics import Share, share, votes
 
 from softcot_peft.analysis import CONTROLS as LABELS
 
+from . import plan
 from .found import Found, complete
-from .jobs import TRAINED, TRANSFERS, UNTRAINED, Evaluation
+from .jobs import PAIRS, TRAINED, TRANSFERS, UNTRAINED, Evaluation
 from .plan import ALL_CONTROLS, CONTROLS
 from .protocol import RATE_HEAD, TRY_HEAD, rate_rows, try_rows
 
@@ -205,13 +206,34 @@ def thoughts(found: Found) -> Section | None:
     return Section("The thoughts themselves", text)
 
 
+def spreads(found: Found) -> Section | None:
+    """How far states differ between questions before they are projected."""
+    rows = []
+    for job in plan.spreads(found.sizes):
+        result = found.result(job)
+        if result:
+            base, assistant = PAIRS[job.pair]
+            reader = f"{assistant} (assistant)" if job.thought_source == "assistant" else f"{base} (the base itself)"
+            cells = [f"{result['norm']:.1f}", f"{result['cosine']:.4f}", f"{100 * result['share']:.2f}"]
+            rows.append([reader, *cells])
+    if not rows:
+        return None
+    head = ["source", "norm", "cosine between two questions", "share that depends on the question, %"]
+    text = f"""The source's states at the thought positions, before any projection, for {found.sizes.diagnosed}
+validation questions. The last column is the share of the squared norm that is left when each position's mean over the
+questions is subtracted.
+
+{table(head, rows)}"""
+    return Section("What is projected", text)
+
+
 def tries(found: Found) -> Section | None:
     """Every try on the validation part, and the search for learning rates."""
     tried, rates = try_rows(found.store, found.sizes), rate_rows(found.store, found.sizes)
     if not rates:
         return None
-    text = f"""On the validation part of the training file, {found.sizes.tried} questions, pair A. "More" is in nats
-per token of the validation rows.
+    text = f"""On the validation part of the training file, {found.sizes.tried} questions, pair A, one thing changed
+at a time. Losses are in nats per token of the validation rows. Rows in italics have no thoughts.
 
 {table(TRY_HEAD, tried) if tried else ""}
 Learning rates, by the loss per token after {found.sizes.pilot_steps} steps:
@@ -230,5 +252,6 @@ SECTIONS = (
     self_consistency,
     thoughts,
     probes,
+    spreads,
     tries,
 )

@@ -21,7 +21,7 @@ from softcot_peft.analysis import (
 )
 
 from . import data, probing, tasks, training
-from .jobs import Diagnosis, Evaluation, Job, Probe, Training, Writing
+from .jobs import Diagnosis, Evaluation, Job, Probe, Spread, Training, Writing
 from .made import Setting, average, build, examples, keep, load, system_of, training_rows, weights_file
 from .systems import Models, RealSoftCoT, RealZeroShot, softcot, unused_token
 
@@ -33,7 +33,14 @@ SEEN = 64  # training questions whose thoughts are averaged for the control "mea
 def perform(job: Job, setting: Setting) -> Result:
     """Run a job, and add its seconds, the state of the code, the libraries and the device to the result."""
     began = time.monotonic()
-    kinds = {Writing: write, Training: train, Evaluation: evaluate, Diagnosis: diagnose, Probe: probe}
+    kinds = {
+        Writing: write,
+        Training: train,
+        Evaluation: evaluate,
+        Diagnosis: diagnose,
+        Probe: probe,
+        Spread: spread,
+    }
     result: Result = kinds[type(job)](job, setting)  # type: ignore[operator]
     gc.collect()
     torch.cuda.empty_cache()  # other processes use the same device
@@ -169,3 +176,12 @@ def probe(job: Probe, setting: Setting) -> Result:
     rows = system.rows(examples(job.task, asked, system))
     states = probing.states(system, rows)
     return probing.probe(states, [row["answer"] for row in asked])
+
+
+def spread(job: Spread, setting: Setting) -> Result:
+    """Read questions of the validation part, and describe how far the states differ."""
+    training = Training(pair=job.pair, thoughts=job.thoughts, thought_source=job.thought_source)
+    system = softcot(setting.pair(job.pair), training)
+    asked = data.split("gsm8k", "validation", setting.data_dir)[: job.count]
+    states = probing.states(system, system.rows(examples("gsm8k", asked, system)))
+    return probing.spread(states.unflatten(1, (job.thoughts, -1)))

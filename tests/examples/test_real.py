@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ pytest.importorskip("scipy")
 sys.path.append(str(EXAMPLES))
 import real
 from results.paired import paired
+from results.runner import run
 from results.store import Store
 from small_data import write_data
 from study import data, made, plan, probing, protocol, systems, tasks, training
@@ -381,3 +383,28 @@ def test_the_mark_of_thoughts_is_a_token_that_no_prompt_has(models: Path) -> Non
     assert len(tokenizer(token, add_special_tokens=False)["input_ids"]) == 1
     assert token not in tasks.rendered(tokenizer, "What?")
     assert asked(Training(), control="zero").name == "ask_A_SoftCoT_gsm8k_test_zero"
+
+
+def test_the_spread_of_states_by_hand() -> None:
+    same = torch.tensor([3.0, 4.0]).expand(5, 2, 2)
+    assert probing.spread(same) == pytest.approx({"norm": 5.0, "cosine": 1.0, "share": 0.0}, abs=1e-6)
+    states = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])  # two questions, one position
+    assert probing.spread(states) == pytest.approx({"norm": 2**0.5, "cosine": 0.0, "share": 0.5}, abs=1e-6)
+
+
+def test_a_job_in_a_pool_waits_for_what_it_needs(tmp_path: Path) -> None:
+    training = Training(system="LoRA")
+    jobs: list[Any] = [asked(training), training, Evaluation("A", "zero-shot")]
+    store = Store(tmp_path)
+
+    def work(job: Any) -> dict[str, Any]:
+        return {"known": training in store}
+
+    with ThreadPoolExecutor(3) as pool:
+        run(jobs, store, "jobs", work, pool=pool, needs=lambda job: plan.needs(job, {}))
+    assert store[asked(training)]["known"]
+    assert all(job in store for job in jobs)
+    own = Training(rationales="own")
+    written = plan.writings(plan.SMALL, ["medium"])
+    assert plan.needs(own, written) == written["medium"]
+    assert plan.needs(Training(), written) == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from softcot_peft import SoftCoTConfig, compute_thoughts, use_thoughts
+from softcot_peft.sources import Prompts
 
 NUM, NEW = 3, 6
 TOKEN = "<thought>"
@@ -219,3 +221,18 @@ def test_two_adapters_and_another_source_share_a_base(pair: Pair) -> None:
 def test_fields_of_an_assistant_contradict_it(field: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"`{field}` is read by `thought_source='assistant'` alone, got '{value}'"):
         SoftCoTConfig(thought_source="base", **{field: value})
+
+
+def test_it_reads_on_the_device_of_the_bases_embeddings(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of a data set are on the CPU wherever the base is; the meta device stands for an accelerator."""
+    source, read = source_of(attach(pair)), []
+
+    def last_states(ids: torch.Tensor, mask: torch.Tensor, num: int) -> torch.Tensor:
+        read.extend([ids.device.type, mask.device.type])
+        return torch.zeros(len(ids), num, 4, device=ids.device)
+
+    monkeypatch.setattr(source.backbone, "last_states", last_states)
+    monkeypatch.setattr("torch.autocast", lambda kind, enabled: nullcontext())  # does not know the meta device
+    ids = torch.tensor([pair.rows(QUESTIONS)[0]])
+    states = source.read(Prompts(ids, torch.ones_like(ids), torch.device("meta")), NUM)
+    assert [*read, states.device.type] == ["meta"] * 3
