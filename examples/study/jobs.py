@@ -71,6 +71,7 @@ class Training:
         lead_in: Whether the assistant's own turn begins with a lead-in, as in the paper.
         depth: Share of the assistant's layers that run; below 1, its states are those of an earlier layer.
         contrast: Weight of a term that keeps the loss with another question's thoughts above that with one's own.
+        standardized: Whether the source's states have mean 0 and variance 1 over questions before they are projected.
     """
 
     pair: str = "A"
@@ -89,6 +90,7 @@ class Training:
     lead_in: bool = True
     depth: float = 1.0
     contrast: float = 0.0
+    standardized: bool = False
 
     @property
     def name(self) -> str:

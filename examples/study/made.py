@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, set_seed
 
 from softcot_peft.analysis import mean_thoughts
 
-from . import data, tasks
+from . import data, probing, tasks
 from .jobs import PAIRS, Evaluation, Training, Writing
 from .systems import (
     Models,
@@ -32,6 +32,8 @@ from .systems import (
     softcot,
     unused_token,
 )
+
+SEEN = 64  # training questions whose states and thoughts are averaged
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ def build(job: Training, setting: Setting, marked: bool = False) -> Baseline:
     set_seed(job.seed)
     models = setting.pair(job.pair)
     if job.system == "SoftCoT":
-        return softcot(models, job, marked)
+        system = softcot(models, job, marked)
+        if job.standardized:
+            known = examples("gsm8k", data.split("gsm8k", "training", setting.data_dir)[:SEEN], system)
+            probing.standardize(system, system.rows(known))
+        return system
     if job.system == "LoRA":
         return RealLora(models)
     kind = {"prompt tuning": RealPromptTuning, "placeholders": RealPlaceholders}[job.system]

@@ -236,6 +236,7 @@ def tries(rate: float, sizes: Sizes) -> dict[str, Training]:
         "N = 32": replace(plain, thoughts=32),
         "per-position projection": replace(plain, projection="per_position"),
         "two-layer projection": replace(plain, projection="mlp"),
+        "standardized states": replace(plain, standardized=True, projection_init="matched"),
         "contrastive term": replace(plain, contrast=1.0),
         "contrastive term, thoughts as long as embeddings": replace(plain, contrast=1.0, projection_init="matched"),
         "twice as many steps": replace(plain, steps=2 * sizes.steps),

@@ -28,6 +28,24 @@ def states(system: RealSoftCoT, rows: Rows) -> Tensor:
     return torch.cat(found)[torch.tensor(places).argsort()]
 
 
+@torch.no_grad()
+def standardize(system: RealSoftCoT, rows: Rows) -> None:
+    """Have the projection read states with mean 0 at each position, and variance 1 in each dimension, over these rows.
+
+    Thoughts keep their mean norm.
+    """
+    projection = system.model.get_input_embeddings().softcot_projection["default"]
+    found = states(system, rows).unflatten(1, (system.config.num_thought_tokens, -1)).to(system.model.device)
+    middle = found.mean(0)  # (N, H)
+    width = (found - middle).std((0, 1)) + 1e-6  # (H)
+    norm = projection(found).norm(dim=-1).mean()
+    # fewer thoughts at inference are the first ones
+    projection.register_forward_pre_hook(
+        lambda module, inputs: ((inputs[0].float() - middle[: inputs[0].shape[-2]]) / width,)
+    )
+    projection.rescale(float(norm / projection(found).norm(dim=-1).mean()))
+
+
 def spread(found: Tensor) -> dict[str, float]:
     """Return how far states `(Q, N, H)` differ between questions.
 

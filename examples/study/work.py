@@ -22,12 +22,11 @@ from softcot_peft.analysis import (
 
 from . import data, probing, tasks, training
 from .jobs import Diagnosis, Evaluation, Job, Probe, Spread, Training, Writing
-from .made import Setting, average, build, examples, keep, load, system_of, training_rows, weights_file
+from .made import SEEN, Setting, average, build, examples, keep, load, system_of, training_rows, weights_file
 from .systems import Models, RealSoftCoT, RealZeroShot, softcot, unused_token
 
 Result = dict[str, Any]
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
-SEEN = 64  # training questions whose thoughts are averaged for the control "mean"
 
 
 def perform(job: Job, setting: Setting) -> Result:

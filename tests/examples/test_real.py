@@ -33,6 +33,8 @@ from study import data, made, plan, probing, protocol, systems, tasks, training
 from study.final import Final
 from study.jobs import PAIRS, TRAINED, TRANSFERS, UNTRAINED, Evaluation, Training, asked
 
+from softcot_peft.analysis import collect_thoughts
+
 PROTOCOL = "# Protocol\n\n<!-- choices:begin -->\nChosen by the pilot.\n<!-- choices:end -->\n"
 TASKS = ("gsm8k", *TRANSFERS)
 RATES = {system: rates[1] for system, rates in plan.FIRST_RATES.items()}
@@ -408,3 +410,19 @@ def test_a_job_in_a_pool_waits_for_what_it_needs(tmp_path: Path) -> None:
     written = plan.writings(plan.SMALL, ["medium"])
     assert plan.needs(own, written) == written["medium"]
     assert plan.needs(Training(), written) == ()
+
+
+def test_standardized_states_differ_between_questions_and_load_the_same(setting: made.Setting, data_dir: str) -> None:
+    job = Training(thoughts=2, standardized=True, projection_init="matched")
+    system = made.build(job, setting)
+    rows = made.examples("gsm8k", data.split("gsm8k", "training", data_dir)[:8], system)
+    prompts = [row["prompt"] for row in rows]
+    options = {"padding_side": "left", "add_special_tokens": False}
+    plain = made.build(Training(thoughts=2, projection_init="matched"), setting)
+    found = [collect_thoughts(each.model, each.tokenizer, prompts, **options) for each in (plain, system)]
+    shares = [probing.spread(thoughts)["share"] for thoughts in found]
+    assert shares[1] > 0.3 > shares[0]
+    made.keep(system, made.weights_file(job, setting))
+    loaded = made.load(job, setting)
+    again = collect_thoughts(loaded.model, loaded.tokenizer, prompts, **options)
+    torch.testing.assert_close(again, found[1])
