@@ -20,16 +20,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from results.runner import prepare, quiet, run
+from results.runner import quiet, run, workers
 from results.store import Store
 from sources import check_source
 from study import plan, protocol
@@ -149,21 +147,6 @@ def print_plan(parts: Sequence[str], store: Store, sizes: plan.Sizes, setting: S
     print(f"Left in all: {total:.1f} h on two cores in bfloat16, with models of 0.1, 0.5 and 1.5 billion parameters.")
 
 
-@contextmanager
-def workers(number: int) -> Iterator[Executor | None]:
-    """Start processes for the jobs; for one, jobs run in this process."""
-    if number == 1:
-        yield None
-        return
-    os.environ["TQDM_DISABLE"] = os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers at startup
-    with ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), prepare) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def run_part(
     part: str, store: Store, sizes: plan.Sizes, setting: Setting, docs: Path, pool: Executor | None = None
 ) -> None:
@@ -191,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plan:
         print_plan(parts or plan.PARTS, store, sizes, setting, args.docs)
         return
-    with workers(args.processes if parts else 1) as pool:
+    with workers(args.processes) if parts and args.processes > 1 else nullcontext() as pool:
         for part in parts:
             run_part(part, store, sizes, setting, args.docs, pool)
     if args.part == "protocol":

@@ -10,17 +10,16 @@ of every experiment as a trial.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 
 from results.jobs import Job, experiments, makings, tuning
 from results.page import write
-from results.runner import prepare
 from results.runner import run as run_jobs
+from results.runner import workers
 from results.store import Store, fingerprint
 from results.work import SMALL, Sizes, perform
 from small_pair import load_or_make
@@ -48,7 +47,7 @@ def sources(pair: Path) -> list[Path]:
     return [*code, *(HERE.parent / "softcot_peft").rglob("*.py"), *pair.rglob("*.json"), *pair.rglob("*.safetensors")]
 
 
-def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: ProcessPoolExecutor, what: str) -> None:
+def do(jobs: Sequence[Job], store: Store, sizes: Sizes, pair: Path, pool: Executor, what: str) -> None:
     """Run the jobs that are not finished, and store each result as soon as it is available."""
     run_jobs(jobs, store, what, perform, sizes, pair, store.folder, pool=pool)
 
@@ -70,17 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_or_make(args.pair)
     sizes = SMALL if args.small else Sizes()
     store = Store(args.output_dir / (fingerprint(sources(args.pair)) + "-small" * args.small))
-    os.environ["TQDM_DISABLE"] = "1"  # for the workers, which read it at startup
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, context, prepare) as pool:
-        try:
-            do([*makings(), *tuning()], store, sizes, args.pair, pool, "models and learning rates")
-            rates = best_rates(store)
-            do(experiments(rates, sizes.seeds), store, sizes, args.pair, pool, "experiments")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with workers(args.processes) as pool:
+        do([*makings(), *tuning()], store, sizes, args.pair, pool, "models and learning rates")
+        rates = best_rates(store)
+        do(experiments(rates, sizes.seeds), store, sizes, args.pair, pool, "experiments")
     write(store, rates, sizes, args.docs)
     print(f"Wrote {args.docs / 'results.md'} in {(time.monotonic() - began) / 60:.0f} minutes.")
 

@@ -7,7 +7,8 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,18 @@ def prepare() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     quiet()
+
+
+@contextmanager
+def workers(number: int) -> Iterator[Executor]:
+    """Start a pool of processes for jobs; if anything is raised, jobs that have not begun are dropped."""
+    os.environ["TQDM_DISABLE"] = os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers at startup
+    with ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), prepare) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def in_turn(

@@ -86,6 +86,11 @@ def examples(task: str, rows: Sequence[tasks.Row], system: Baseline) -> list[dic
     ]
 
 
+def seen(system: Baseline, setting: Setting) -> list[dict[str, Any]]:
+    """Return the training questions whose states and thoughts are averaged."""
+    return examples("gsm8k", data.split("gsm8k", "training", setting.data_dir)[:SEEN], system)
+
+
 def training_rows(job: Training, setting: Setting) -> list[tasks.Row]:
     """Return the training rows of a kind of rationales.
 
@@ -113,8 +118,7 @@ def build(job: Training, setting: Setting, marked: bool = False) -> Baseline:
     if job.system == "SoftCoT":
         system = softcot(models, job, marked)
         if job.standardized:
-            known = examples("gsm8k", data.split("gsm8k", "training", setting.data_dir)[:SEEN], system)
-            probing.standardize(system, system.rows(known))
+            probing.standardize(system, system.rows(seen(system, setting)))
         return system
     if job.system == "LoRA":
         return RealLora(models)

@@ -32,17 +32,19 @@ def states(system: RealSoftCoT, rows: Rows) -> Tensor:
 def standardize(system: RealSoftCoT, rows: Rows) -> None:
     """Have the projection read states with mean 0 at each position, and variance 1 in each dimension, over these rows.
 
-    Thoughts keep their mean norm.
+    Thoughts keep their mean norm. Those beyond N in training use the mean of the last position.
     """
     projection = system.model.get_input_embeddings().softcot_projection["default"]
     found = states(system, rows).unflatten(1, (system.config.num_thought_tokens, -1)).to(system.model.device)
     middle = found.mean(0)  # (N, H)
     width = (found - middle).std((0, 1)) + 1e-6  # (H)
     norm = projection(found).norm(dim=-1).mean()
-    # fewer thoughts at inference are the first ones
-    projection.register_forward_pre_hook(
-        lambda module, inputs: ((inputs[0].float() - middle[: inputs[0].shape[-2]]) / width,)
-    )
+
+    def read(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        place = torch.arange(inputs[0].shape[-2]).clamp(max=len(middle) - 1)
+        return ((inputs[0].float() - middle[place]) / width,)
+
+    projection.register_forward_pre_hook(read)
     projection.rescale(float(norm / projection(found).norm(dim=-1).mean()))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -62,6 +62,20 @@ def losses_of(system: Baseline, rows: Rows) -> tuple[Tensor, int]:
     return cross_entropy(logits[predicted].float(), wanted[predicted], reduction="sum"), tokens
 
 
+@contextmanager
+def finite_gradients(system: Baseline) -> Iterator[None]:
+    """Use eager attention on accelerators: in bfloat16, gradients were NaN without it (torch 2.11, H200)."""
+    base = getattr(system.model, "get_base_model", lambda: system.model)()
+    if base.device.type != "cuda":
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation("sdpa")
+
+
 def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training: Training) -> list[float]:
     """Train with AdamW, warm-up and linear decay; return the loss of each step per token.
 
@@ -71,9 +85,6 @@ def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training
         steps: Places of the rows of each step.
         training: Rate, warm-up and the weight of the contrastive term.
     """
-    # SDPA's gradients were NaN in some batches of padded rows in bfloat16 (torch 2.11, H200)
-    base = getattr(system.model, "get_base_model", lambda: system.model)()
-    base.set_attn_implementation("eager" if base.device.type == "cuda" else "sdpa")
     parameters = [each for each in system.model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=0.0)
     warm = max(1, round(training.warmup * len(steps)))
@@ -100,7 +111,6 @@ def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training
         schedule.step()
         optimizer.zero_grad()
     system.model.eval()
-    base.set_attn_implementation("sdpa")
     return history
 
 

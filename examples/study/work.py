@@ -22,7 +22,7 @@ from softcot_peft.analysis import (
 
 from . import data, probing, tasks, training
 from .jobs import Diagnosis, Evaluation, Job, Probe, Spread, Training, Writing
-from .made import SEEN, Setting, average, build, examples, keep, load, system_of, training_rows, weights_file
+from .made import SEEN, Setting, average, build, examples, keep, load, seen, system_of, training_rows, weights_file
 from .systems import Models, RealSoftCoT, RealZeroShot, softcot, unused_token
 
 Result = dict[str, Any]
@@ -94,7 +94,8 @@ def train(job: Training, setting: Setting) -> Result:
         training.precompute(system, [*encoded, *tested])
     before = training.loss(system, tested)
     began = time.monotonic()
-    history = training.learn(system, encoded, steps, job)
+    with training.finite_gradients(system):
+        history = training.learn(system, encoded, steps, job)
     training_seconds = time.monotonic() - began
     mean = average(system, [row["prompt"] for row in rows[:SEEN]]) if isinstance(system, RealSoftCoT) else None
     found = training.losses(system, tested, mean)
@@ -124,8 +125,7 @@ def evaluate(job: Evaluation, setting: Setting) -> Result:
     if job.inference_thoughts:
         system.model.peft_config["default"].inference_num_thought_tokens = job.inference_thoughts
     if job.control == "mean":
-        known = data.split("gsm8k", "training", setting.data_dir)[:SEEN]
-        mean = average(system, [row["prompt"] for row in examples("gsm8k", known, system)])
+        mean = average(system, [row["prompt"] for row in seen(system, setting)])
     set_seed(job.training.seed if job.training else 0)
     if job.control == "own":
         texts = system.answer(prompts, **decoding)

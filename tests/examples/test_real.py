@@ -426,3 +426,5 @@ def test_standardized_states_differ_between_questions_and_load_the_same(setting:
     loaded = made.load(job, setting)
     again = collect_thoughts(loaded.model, loaded.tokenizer, prompts, **options)
     torch.testing.assert_close(again, found[1])
+    system.model.peft_config["default"].inference_num_thought_tokens = 5  # more than in training
+    assert collect_thoughts(system.model, system.tokenizer, prompts, **options).shape[1] == 5
