@@ -9,7 +9,7 @@ JOBS ?= 2
 # Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report real bench test test-matrix conformance serving fuzz check style clean
+.PHONY: quickstart report real bench bench-serving test test-matrix conformance serving fuzz check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -62,6 +62,10 @@ conformance: .venv/engines  ## test all causal-LM types as bases, sharding engin
 
 serving: .venv-serving/ready  ## test adapters in vLLM on CPUs, in a server and in a program; about 10 minutes on 2 cores
 	.venv-serving/bin/python -m pytest --timeout 900 tests/serving
+
+# MODELS=FOLDER and DATA=FOLDER as for `real`; otherwise both come from the Hub.
+bench-serving: .venv-serving/ready  ## compare adapters with their base in vLLM, and write docs/serving-performance.md
+	.venv-serving/bin/python -m benchmarks.serving $(if $(MODELS),--base $(MODELS)/qwen2.5-coder-0.5b --assistant $(MODELS)/smollm2-135m) $(if $(DATA),--data-dir $(DATA))
 
 fuzz: .venv/dev  ## compare more than 20,000 random cases, half of them in bfloat16, with the equations; less than 20 minutes on 2 cores
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/contract/test_extension_properties.py tests/unit/test_columns_and_placement.py

@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -27,12 +24,12 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .goals import goals
+from .machine import environment, load
 from .page import write
 from .sections import FORMAT, SECTIONS, Bench
 from .sizes import SIZES
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("torch", "transformers", "peft", "softcot-peft")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,36 +51,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.repeats is not None and args.repeats < 1:
         parser.error(f"`--repeats` must be at least 1, got {args.repeats}.")
     return args
-
-
-def environment(args: argparse.Namespace, repeats: int) -> dict[str, Any]:
-    """Return what a measurement depends on, besides the code."""
-    on_cuda = args.device == "cuda"
-    return {
-        "libraries": {name: version(name) for name in LIBRARIES},
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if on_cuda else None,
-        "cuda": torch.version.cuda if on_cuda else None,
-        "repeats": repeats,
-        "load": load(),
-    }
-
-
-def processor() -> str:
-    """Return the processor's model as reported by Linux, else by Python."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def load() -> float | None:
-    """Return the load average of the last minute; `None` if the system does not report it."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
     results |= {"size": args.size, "device": args.device, "parameters": bench.parameters()}
     for name in tqdm([name for name in SECTIONS if name in args.only], desc=args.size, unit="section"):
-        ran = environment(args, bench.repeats)
+        ran = environment(args.device == "cuda") | {"repeats": bench.repeats}
         found = SECTIONS[name](bench)
         results["sections"][name] = {"command": command, "environment": ran | {"load_after": load()}, "found": found}
         half = file.with_suffix(".half")

@@ -7,13 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +20,7 @@ from project_files import ROOT
 from tiny_pair import QUESTIONS, RUN, Pair, make_pair
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.server import LocalServer
 from softcot_peft import with_thought_tokens
 
 BASE = "tiny"  # the base's name in requests
@@ -120,7 +115,7 @@ def make_served(root: Path) -> Served:
     return Served(pair, adapters)
 
 
-class Server:
+class Server(LocalServer):
     """vLLM's server with adapters, on loopback.
 
     Args:
@@ -139,9 +134,6 @@ class Server:
         adapters: str | None = None,
         environment: dict[str, str | None] | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         named = ",".join(f"{name}={path}" for name, path in served.adapters.items())
         changed = {
             "VLLM_PLUGINS": "softcot",
@@ -152,42 +144,10 @@ class Server:
             "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
             **(environment or {}),
         }
-        self.log = log
         command = [sys.executable, str(ROOT / "tests/serve.py"), "--model", str(served.pair.base)]
-        command += ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
-        command += ["--enforce-eager", "--max-model-len", str(LENGTH), "--block-size", "32"]
-        command += ["--enable-prompt-embeds", *(options or [])]
-        variables = {**os.environ, **changed}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [part for part in command if part],
-                env={name: value for name, value in variables.items() if value is not None},
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> Server:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                self.get("/health")
-                return self
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.5)
-        self.stop()
-        raise AssertionError(f"The server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
-        with contextlib.suppress(ProcessLookupError):  # its engine, if that is left
-            os.killpg(self.process.pid, signal.SIGKILL)
+        command += ["--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-model-len", str(LENGTH), "--block-size", "32", "--enable-prompt-embeds", *(options or [])]
+        super().__init__([part for part in command if part], log, changed)
 
     def fails(self) -> str:
         """What the server prints before it ends by itself."""
@@ -195,29 +155,7 @@ class Server:
             assert self.process.wait(240) != 0
         finally:
             self.stop()
-        return self.log.read_text()
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
-            return str(response.read().decode())
-
-    def metric(self, name: str) -> float:
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"{name}{{")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-    def open(self, path: str, body: dict[str, Any] | bytes) -> Any:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
-        return urllib.request.urlopen(request, timeout=120)
-
-    def post(self, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
-        """Status and JSON of a response."""
-        try:
-            with self.open(path, body) as response:
-                return response.status, json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
+        return self.printed()
 
     def ask(self, name: str, prompt: str, chat: bool = False, stream: bool = False, **options: Any) -> dict[str, Any]:
         """An answer: its `tokens`, `text`, `usage` and `model`."""
@@ -237,13 +175,9 @@ class Server:
             text = choice["message"]["content"] if chat else choice["text"]
             return {"tokens": choice["token_ids"], "text": text, "usage": found["usage"], "model": found["model"]}
         answer: dict[str, Any] = {"tokens": [], "text": ""}
-        with self.open(path, {**body, "stream": True, "stream_options": {"include_usage": True}}) as response:
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line.removeprefix(b"data: "))
-                for choice in event["choices"]:
-                    answer["tokens"] += choice.get("token_ids") or []
-                    answer["text"] += (choice["delta"].get("content") or "") if chat else choice["text"]
-                answer |= {"usage": event.get("usage"), "model": event["model"]}
+        for event in self.events(path, body):
+            for choice in event["choices"]:
+                answer["tokens"] += choice.get("token_ids") or []
+                answer["text"] += (choice["delta"].get("content") or "") if chat else choice["text"]
+            answer |= {"usage": event.get("usage"), "model": event["model"]}
         return answer

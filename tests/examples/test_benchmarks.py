@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 from benchmarks import __main__ as command
-from benchmarks import answering, arithmetic, beyond, rivals, starting
+from benchmarks import answering, arithmetic, beyond, rivals, serving_page, starting
 from benchmarks.goals import Goal, compared, goals
 from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
 from benchmarks.sizes import SIZES, Case
@@ -285,3 +285,36 @@ def test_what_cannot_run_is_refused(arguments: list[str], message: str, capsys: 
     with pytest.raises(SystemExit):
         command.parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_page_of_serving_compares_the_systems_of_each_round(tmp_path: Path) -> None:
+    def run(system: str, at_once: int, seconds: float, first: float | None) -> dict[str, object]:
+        times = [] if first is None else [first] * at_once
+        return {
+            "system": system,
+            "at_once": at_once,
+            "requests": at_once,
+            "tokens": 10 * at_once,
+            "seconds": seconds,
+        } | {"first": times}
+
+    runs = []
+    for at_once in (1, 16):
+        for slow in (1.0, 3.0):  # a round in which the machine was busy
+            runs += [
+                run(serving_page.BASE, at_once, 4 * slow, 0.25),
+                run(serving_page.SOFTCOT, at_once, 5 * slow, 0.35),
+                run(serving_page.TRANSFORMERS, at_once, 8 * slow, None),
+            ]
+    settings = {"base": "b", "assistant": "a", "thoughts": 32, "new_tokens": 10, "dtype": "float32"}
+    settings |= {"rounds_of": 1, "repeats": 2}
+    environment = {"libraries": {"vllm": "0.32.0"}, "accelerator": None, "processor": "p", "cores": 2, "load": 0.1}
+    results = {"settings": settings, "environment": environment, "runs": runs, "reading": [0.2, 0.2]}
+    (tmp_path / "performance").mkdir()
+    (tmp_path / "performance" / "serving.json").write_text(json.dumps(results))
+    serving_page.write(tmp_path)
+    page = (tmp_path / "serving-performance.md").read_text()
+    assert "| 16 | 2.67, 27 | 2.13, 21 | 1.33, 13 | 0.80 [0.80, 0.80] |" in page
+    assert "| 1 | 0.250 | 0.350 | 0.100 |" in page
+    assert "| throughput with 16 requests at once at least 0.90 of the base's | 0.80 [0.80, 0.80] | no |" in page
+    assert "at most the reading's own (0.200 s) | 0.100 s | yes |" in page

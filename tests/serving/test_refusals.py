@@ -96,13 +96,14 @@ def test_clients_that_leave_take_nothing_with_them(served: Served, server: Serve
                 connection.getresponse().read(200)
         connection.close()
 
-    with ThreadPoolExecutor(16) as clients:
-        left = [clients.submit(leave, number) for number in range(60)]
-        asked = [("second", prompt) for prompt in PROMPTS] * 5
-        answers = list(clients.map(lambda each: server.ask(*each), asked))
+    asked = [("second", prompt) for prompt in PROMPTS] * 10
+    with ThreadPoolExecutor(16) as leaving, ThreadPoolExecutor(2) as staying:
+        left = [leaving.submit(leave, number) for number in range(2000)]
+        answers = list(staying.map(lambda each: server.ask(*each), asked))
         for each in left:
             each.result()
-    for (name, prompt), answer in zip(asked, answers, strict=True):
+    answers += [server.ask(*each) for each in asked[:4]]
+    for (name, prompt), answer in zip(asked + asked[:4], answers, strict=True):
         assert answer["tokens"] == served.answer(name, served.ids(prompt))
     for _ in range(100):
         if not server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting"):
