@@ -12,6 +12,9 @@ An adapter with several chains (SoftCoT++, arXiv 2505.11484) answers each questi
 the first chain, and the first k answers come from k chains if there are as many. `--chains 0,2` uses some of them.
 Controls change the thoughts of the first chain.
 
+`--engine vllm` answers with vLLM, if that is installed. In float32 the answers are the same; in bfloat16 the engine
+rounds differently, so that some answers differ.
+
 Each score is saved in `--output-dir` as soon as it is computed, so the same command resumes an interrupted run. To use
 several GPUs, run the script with `accelerate launch`: each process answers a part of the questions.
 """
@@ -57,6 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=1024)
     add("--num-fewshot", type=int, default=0)
     add("--limit", type=int, help="only the first questions of each task")
+    add("--engine", choices=("transformers", "vllm"), default="transformers", help="vllm must be installed")
     add("--batch-size", type=int, default=16)
     bf16 = has_fast_bfloat16()
     help_ = "default: on GPUs and CPUs with bfloat16 units"
@@ -97,6 +101,11 @@ def check(args: argparse.Namespace) -> None:
             "`--controls`, `--inference-thoughts` and `--chains` change an adapter's thoughts, but there is no "
             "`--adapter`."
         )
+    if args.engine == "vllm" and (args.controls or args.inference_thoughts or args.chains):
+        raise ValueError(
+            "`--controls`, `--inference-thoughts` and `--chains` change an adapter's thoughts, which `--engine vllm` "
+            "cannot. Use `--engine transformers`."
+        )
     if args.controls and args.batch_size < 2:
         raise ValueError(f"`--controls` needs a `--batch-size` of at least 2, got {args.batch_size}.")
 
@@ -124,6 +133,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     files = [
         *(ROOT / "evaluation").iterdir(),
         ROOT / "examples" / "harness.py",
+        ROOT / "examples" / "engine.py",
         *(ROOT / "softcot_peft").rglob("*.py"),
     ]
     if args.adapter and Path(args.adapter).is_dir():

