@@ -82,4 +82,5 @@ def _image(source: str, text: str, mode: str) -> str:
 
 def _drawing(name: str, text: str) -> str:
     """Return both versions of a drawing from `_schemes`."""
-    return f'<span class="drawing">{"".join(_image(f"{name}-{mode}.svg", text, mode) for mode in ("light", "dark"))}</span>'
+    images = "".join(_image(f"{name}-{mode}.svg", text, mode) for mode in ("light", "dark"))
+    return f'<span class="drawing">{images}</span>'
