@@ -23,6 +23,9 @@ _ORIGINS = {page: origin for origin, page in PAGES.items()}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 _PICTURE = re.compile(r"<picture>.*?srcset=\"([^\"]+)\".*?<img alt=\"([^\"]*)\" src=\"([^\"]+)\">.*?</picture>")
 _DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\s*(:root \{[^}]*\})\s*\}")
+_ROW = re.compile(r"^\|.*$", flags=re.MULTILINE)
+_SPAN = re.compile(r"`[^`]+`")
+_FILE = re.compile(r"[\w/-]+\.md")
 _FENCE = re.compile(r"(^```.*?^```[^\n]*$)", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -55,6 +58,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def link(found: re.Match[str]) -> str:
         image, text, target, anchor = found[1], found[2], found[3], found[4] or ""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
+        if _FILE.fullmatch(text) and (ROOT / path).exists():  # the repository's links show names of files
+            text = (ROOT / path).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         if image and path.endswith(".svg"):
             return _drawing(path.removeprefix("docs/").removesuffix(".svg"), text)
         if path in PAGES:
@@ -66,8 +71,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return text  # a file of the repository that is no page
 
     parts = _FENCE.split(markdown)
-    parts[::2] = [_LINK.sub(link, _PICTURE.sub(_picture, text)) for text in parts[::2]]
+    for place in range(0, len(parts), 2):
+        parts[place] = _ROW.sub(_unescaped, _LINK.sub(link, _PICTURE.sub(_picture, parts[place])))
     return "".join(parts)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    """Remove the backslashes that GitHub asks for in the code of a table's row, and Python-Markdown would show."""
+    return _SPAN.sub(lambda code: code[0].replace("\\|", "|"), found[0])
 
 
 def _picture(found: re.Match[str]) -> str:
