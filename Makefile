@@ -9,7 +9,7 @@ JOBS ?= 2
 # Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report real bench bench-serving test test-matrix conformance serving fuzz check style clean
+.PHONY: quickstart report real bench bench-serving test test-matrix conformance serving fuzz docs check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -70,6 +70,13 @@ bench-serving: .venv-serving/ready  ## compare adapters with their base in vLLM,
 fuzz: .venv/dev  ## compare more than 20,000 random cases, half of them in bfloat16, with the equations; less than 20 minutes on 2 cores
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/contract/test_extension_properties.py tests/unit/test_columns_and_placement.py
 
+.venv/docs: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[examples,docs]"
+	@touch $@
+
+docs: .venv/docs  ## build the documentation site into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 check: .venv/dev  ## check format, lint and types, as the pre-commit hooks do
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -80,4 +87,4 @@ style: .venv/dev  ## format, and fix lint errors that can be fixed automatically
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-matrix .venv-serving .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-matrix .venv-serving .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

@@ -50,7 +50,9 @@ class SoftCoTModel(BaseTuner):
         model: The base, a decoder LM of transformers.
         peft_config: The adapter's [`SoftCoTConfig`], or a dict of configs by adapter name.
         adapter_name: Name of the adapter.
-        low_cpu_mem_usage: Whether to create the projection on the meta device, to be loaded later.
+        *args: Passed to PEFT's `BaseTuner`.
+        **kwargs: Passed to PEFT's `BaseTuner`, such as `low_cpu_mem_usage=True` to create the projection on the meta
+            device, to be loaded later.
 
     Raises:
         TypeError: The base is not a transformers model.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from project_files import ROOT
 from tiny_pair import QUESTIONS, Pair
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from softcot_peft import prompt_embeds
 
@@ -23,6 +23,36 @@ DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+# Pages with code; those with a test of their own are left out.
+WITH_CODE = [path.stem for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text("utf-8")]
+PAGES = [page for page in WITH_CODE if page not in ("prompts", "quantized-bases")]
+# What stands for the models that pages name, and for their thought token.
+STAND_INS = {
+    "Qwen/Qwen2.5-1.5B-Instruct": "path/to/base",
+    "Qwen/Qwen2.5-0.5B-Instruct": "path/to/assistant",
+    "<|endoftext|>": "<thought>",
+}
+CHANGES = {
+    "reward": {
+        '"max_steps": 20': '"max_steps": 1, "disable_tqdm": True',
+        "per_device_train_batch_size=64": "per_device_train_batch_size=8",
+    },
+    "training": {'report_to="none"': 'report_to="none", use_cpu=True, bf16=False, disable_tqdm=True'},
+    "quickstart": {'report_to="none"': 'report_to="none", disable_tqdm=True'},
+    "support": {
+        "tuned = ": (
+            "from peft import LoraConfig, PeftModel, get_peft_model\n"
+            "from softcot_peft import SoftCoTConfig\n"
+            "from transformers import AutoModelForCausalLM\n"
+            "base = AutoModelForCausalLM.from_pretrained('path/to/base')\n"
+            "tuned = "
+        ),
+        "LoraConfig(...)": "LoraConfig(target_modules=['q_proj'])",
+        "SoftCoTConfig(...)": "SoftCoTConfig(assistant_model_name_or_path='path/to/assistant')",
+        "base.load_adapter": "base = AutoModelForCausalLM.from_pretrained('path/to/base')\nbase.load_adapter",
+    },
+}
 
 
 @pytest.mark.usefixtures("nothing_given")
@@ -86,17 +116,49 @@ def test_the_code_of_the_page_on_prompts_runs(pair: Pair, capsys: pytest.Capture
 
 @pytest.mark.usefixtures("nothing_given")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
-@pytest.mark.parametrize("page", ["placement", "extensions", "serving"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's name of an argument, in its config
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
-    """The blocks in their order, in an empty folder."""
+    """The blocks in their order, in a folder that holds nothing but the pair of the tests and examples/."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/base").symlink_to(pair.base)
     (tmp_path / "path/to/assistant").symlink_to(pair.assistant)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     text, names = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), {"__name__": page}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        for name, ours in (STAND_INS | CHANGES.get(page, {})).items():
+            block = block.replace(name, ours)
         exec(compile(block, f"{page}.md", "exec"), names)
+
+
+@pytest.mark.usefixtures("nothing_given")
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*bitsandbytes.*:UserWarning")
+def test_the_code_of_the_page_on_quantized_bases_runs(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With models whose sizes the kernels take: multiples of 32."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "assistant"):
+        config = LlamaConfig(
+            vocab_size=len(pair.tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        LlamaForCausalLM(config).save_pretrained(f"path/to/{name}")
+        pair.tokenizer.save_pretrained(f"path/to/{name}")
+    page, names = (ROOT / "docs/quantized-bases.md").read_text(encoding="utf-8"), {"__name__": "quantized"}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "quantized-bases.md", "exec"), names)
+    assert Path("my-adapter/adapter_model.safetensors").exists()
 
 
 def test_the_body_for_sglang_holds_the_embeddings(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
