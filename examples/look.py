@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = train(args.pair, args.steps)
     examples = problems(QUESTIONS, seed=3, held_out=True)
     prompts = [example["prompt"] for example in examples]
+    answers = quickstart.answer(model, tokenizer, prompts, "what the figures show")
     thoughts = collect_thoughts(model, tokenizer, prompts)
     nearest = nearest_tokens(model, tokenizer, thoughts, similarities=True)
     similarity = thought_similarity(thoughts)
@@ -72,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     save(lambda figure: plot_nearest_tokens(nearest, None, ax=figure.subplots()), folder / "looking-nearest", (7, 3))
     save(lambda figure: plot_similarity(similarity, ax=figure.subplots()), folder / "looking-similarity", (4.8, 4))
     save(lambda figure: plot_attention(shares, tokens, ax=figure.subplots()), folder / "looking-attention", (8, 2.4))
-    print(f"Wrote {folder}/looking-*.png. The questions:")
-    print("\n".join(f"{number} {prompt}" for number, prompt in enumerate(prompts)))
+    print(f"Wrote {folder}/looking-*.png. The questions and their answers:")
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        print(number, example["prompt"], answer.strip(), "right" if answer == example["response"] else "wrong")
 
 
 if __name__ == "__main__":

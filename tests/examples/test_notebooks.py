@@ -7,12 +7,13 @@ import contextlib
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project_files import EXAMPLES, ROOT, load_example
+from project_files import EXAMPLES, ROOT, load_example, process_environment
 from tiny_pair import Pair
 
 pytest.importorskip("matplotlib")
@@ -127,3 +128,29 @@ def test_the_figures_of_the_page_are_made_by_code(tmp_path: Path) -> None:
     assert made == sorted(path.name for path in (ROOT / "docs/figures").glob("looking-*.png"))
     page = (ROOT / "docs/looking.md").read_text(encoding="utf-8")
     assert all(f"figures/{name}" in page for name in made)
+
+
+_IMPORT = """
+import sys, warnings
+import datasets, peft, transformers  # whose progress bars warn in notebooks without ipywidgets
+before = set(sys.modules)
+warnings.simplefilter("error")
+import softcot_peft, softcot_peft.analysis, softcot_peft.serving
+from softcot_peft import compute_thoughts, prompt_embeds
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"IPython", "ipywidgets", "matplotlib", "tqdm"}))
+"""
+
+
+def test_the_package_brings_no_widgets_and_warns_of_nothing() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, env=process_environment()
+    )
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_progress_bars_of_the_examples_suit_terminals_and_notebooks() -> None:
+    for path in EXAMPLES.rglob("*.py"):
+        assert not re.search(r"^(?:from|import) tqdm\b(?!\.auto)", path.read_text(encoding="utf-8"), re.MULTILINE), (
+            path
+        )
