@@ -52,13 +52,14 @@ def heat_map(
     rows, columns = values.shape
     if ax is None:
         width, height = cell or (0.42, 0.42)
-        size = (max(2.4, min(columns * width, 8)) + 1.8, max(1.2, min(rows * height, 10)) + 1.0)
+        widest, highest = (16, 30) if cell else (8, 8)
+        size = (max(2.4, min(columns * width, widest)) + 1.8, max(1.2, min(rows * height, highest)) + 1.0)
         ax = ShownFigure(figsize=size, dpi=110, layout="constrained").subplots()
     norm = Normalize(*limits)
     image = ax.imshow(values, cmap=_COLOURS, norm=norm, aspect="auto" if cell or rows != columns else "equal")
     ax.grid(visible=False)
     for axis, names, count in ((ax.yaxis, labels[0], rows), (ax.xaxis, labels[1], columns)):
-        step = math.ceil(count / _MOST_TICKS)
+        step = 1 if cell else math.ceil(count / _MOST_TICKS)
         shown = [_plain(name) for name in names] if names else [str(number) for number in range(count)]
         axis.set_ticks(range(0, count, step), shown[::step], parse_math=False)
     if labels[1] and max(len(name.strip()) for name in labels[1]) > 3:

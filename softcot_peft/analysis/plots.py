@@ -50,18 +50,19 @@ def plot_similarity(
         ImportError: matplotlib is not installed.
         ValueError: `similarity` is not a square matrix, or the number of labels differs from that of rows.
     """
-    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
+    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1] or not len(similarity):
         raise ValueError(f"`similarity` must be a square matrix, got the shape {tuple(similarity.shape)}.")
     kinds = {"questions": ("question", "between questions"), "positions": ("thought position", "within a question")}
     if between not in kinds:
         raise ValueError(f"`between` must be 'questions' or 'positions', got {between!r}.")
     kind, where = kinds[between]
     names = _names(labels, len(similarity), "labels")
+    values = similarity.detach().cpu().float()
     ax = _drawing().heat_map(
-        similarity.cpu().float().numpy(),
+        values.numpy(),
         ax=ax,
-        limits=(min(0.0, math.floor(10 * float(similarity.min())) / 10), 1.0),
-        texts=[[f"{round(value, 2) + 0:.2f}" for value in row] for row in similarity.tolist()],  # no "-0.00"
+        limits=(min(0.0, math.floor(10 * float(values.nan_to_num(1).min())) / 10), 1.0),
+        texts=[[f"{round(value, 2) + 0:.2f}" for value in row] for row in values.tolist()],  # no "-0.00"
         labels=(names, names),
         bar="cosine similarity",
     )
@@ -148,11 +149,11 @@ def plot_attention(shares: Tensor, tokens: Sequence[str] | None = None, *, ax: A
     heads = shares.dim() == 3
     if heads and tokens is not None:
         raise ValueError("`tokens` must be None for shares of heads, which are averaged over tokens.")
-    values = 100 * (shares.mean(-1) if heads else shares).cpu().float()
+    values = 100 * (shares.mean(-1) if heads else shares).detach().cpu().float()
     ax = _drawing().heat_map(
         values.numpy(),
         ax=ax,
-        limits=(0, max(float(values.max()), 1e-6)),
+        limits=(0, max(float(values.nan_to_num(0).max()), 1e-6)),
         texts=[[f"{value:.0f}" for value in row] for row in values.tolist()],
         labels=(None, _names(tokens, shares.shape[-1], "tokens")),
         bar="share of attention, %",

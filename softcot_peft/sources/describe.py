@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..config import SoftCoTConfig
@@ -12,8 +14,9 @@ _CHANGES = ("inference_num_thought_tokens", "thought_token", "placement", "respo
 
 def fields(config: SoftCoTConfig) -> str:
     """Return the fields of a config that say what is read and how many thoughts there are."""
-    shown = {} if config.assistant_model_name_or_path is None else {"assistant": config.assistant_model_name_or_path}
-    shown |= {"num_thought_tokens": config.num_thought_tokens}
+    shown: dict[str, Any] = {"num_thought_tokens": config.num_thought_tokens}
+    if config.assistant_model_name_or_path is not None:
+        shown = {"assistant": config.assistant_model_name_or_path, **shown}
     defaults = type(config).__dataclass_fields__
     shown |= {name: getattr(config, name) for name in _CHANGES if getattr(config, name) != defaults[name].default}
     return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -95,6 +95,25 @@ def test_large_matrices_are_coloured_without_numbers() -> None:
     assert height < 12
 
 
+def test_plots_of_diverged_or_trained_tensors_are_drawn() -> None:
+    broken = SIMILARITY.clone()
+    broken[0, 1] = float("nan")
+    ax = plot_similarity(broken.requires_grad_())
+    assert ax.images[0].get_clim() == (-0.1, 1.0)
+    assert texts(ax)[1] == "nan"
+    ax.figure.draw_without_rendering()
+    plot_attention(torch.full((2, 3), float("nan"))).figure.draw_without_rendering()
+
+
+def test_tables_of_many_thoughts_have_room_for_their_tokens() -> None:
+    ax = plot_nearest_tokens([[["word"] * 3] * 32] * 40, None)
+    assert len(texts(ax)) == 32 * 40
+    width, height = ax.figure.get_size_inches()
+    assert width / 32 > 0.5
+    assert height / 40 > 0.3
+    assert len(ticks(ax)[0]) == 40
+
+
 def test_tokens_are_written_as_they_are() -> None:
     assert texts(plot_nearest_tokens(TOKENS)) == ["2", "7", "+", "$x$"]
     ax = plot_nearest_tokens(SCORED, 1)
@@ -123,6 +142,7 @@ def test_attention_is_in_percent() -> None:
     ("plot", "given", "message"),
     [
         (plot_similarity, (torch.zeros(2, 3),), r"`similarity` must be a square matrix, got the shape \(2, 3\)"),
+        (plot_similarity, (torch.zeros(0, 0),), r"`similarity` must be a square matrix, got the shape \(0, 0\)"),
         (plot_similarity, (torch.zeros(2, 2), "layers"), "`between` must be 'questions' or 'positions', got 'layers'"),
         (plot_attention, (torch.zeros(3),), r"`shares` must be \(layers, T\) or .* got \(3,\)"),
         (plot_attention, (torch.zeros(3, 0),), r"with a later token, got \(3, 0\)"),
