@@ -35,7 +35,7 @@ def is_kept(output: Any) -> bool:
 
 
 def tidy(outputs: list[Any]) -> list[Any]:
-    """Join the outputs that were printed one after the other, without lines of loggers."""
+    """Join the outputs that were printed one after the other, without lines of loggers and times."""
     tidied: list[Any] = []
     for output in filter(is_kept, outputs):
         if output.output_type == "stream":
@@ -45,6 +45,8 @@ def tidy(outputs: list[Any]) -> list[Any]:
                 continue
             if not output.text:
                 continue
+        elif "text/html" in output.get("data", {}):  # the times of a training
+            output.data["text/html"] = re.sub(r"(\[\d+/\d+) [\d:]+,", r"\1,", output.data["text/html"])
         tidied.append(output)
     return tidied
 
