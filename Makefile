@@ -9,7 +9,7 @@ JOBS ?= 2
 # Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report real bench bench-serving test test-matrix conformance serving fuzz docs check style clean
+.PHONY: quickstart report real bench bench-serving notebooks test test-matrix conformance serving fuzz docs check style clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,13 @@ report: .venv/report  ## run every system and control on the small pair with 3 s
 # NOTE: a sentence about the models for the page. On an accelerator: SCALE=full PROCESSES=8 BATCH=256.
 real: .venv/report  ## run the study of real models, and write docs/real-models.md; resumable; 12 hours on 2 cores
 	$(BIN)/python examples/real.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data-dir $(DATA)) $(if $(PART),--part $(PART)) $(if $(NOTE),--note "$(NOTE)") $(if $(SCALE),--size $(SCALE)) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(BATCH),--batch $(BATCH)) $(if $(PLAN),--plan)
+
+.venv/notebooks: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[notebooks]"
+	@touch $@
+
+notebooks: .venv/notebooks  ## run the notebooks, and store them with their outputs
+	$(BIN)/python examples/notebooks/execute.py
 
 bench: .venv/report  ## compare SoftCoT's time and memory with other methods, and write docs/performance.md
 	$(BIN)/python -m benchmarks --size $(SIZE)

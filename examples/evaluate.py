@@ -34,7 +34,7 @@ from precision import has_fast_bfloat16
 from results.statistics import share
 from results.store import fingerprint
 from sources import check_source
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from softcot_peft.analysis import CONTROLS
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import trange
+from tqdm.auto import trange
 from train_gsm8k import encode_example, load_rows
 from transformers import (
     LlamaConfig,

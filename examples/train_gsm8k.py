@@ -32,7 +32,7 @@ from accelerate.utils import gather_object, release_memory
 from peft import PeftModel, get_peft_model
 from precision import has_fast_bfloat16
 from sources import check_source
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

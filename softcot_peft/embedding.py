@@ -16,6 +16,7 @@ from .compat.models import embedding_width
 from .rows.columns import write_thoughts
 from .running import RUNNING
 from .sources import ThoughtSource
+from .sources.describe import describe
 
 
 @dataclass
@@ -170,6 +171,14 @@ class SoftCoTLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Warn like PEFT's other layers and do nothing: the base may also have a merged LoRA adapter."""
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+    def extra_repr(self) -> str:
+        """Return a line for each adapter: its name, whether it is active, and its source."""
+        state = " (disabled)" if self.disable_adapters else " (active)"
+        active = self._active_names()
+        return "\n".join(
+            f"{name}{state * (name in active)}: {describe(source)}" for name, source in self.softcot_source.items()
+        )
 
     def __repr__(self) -> str:
         return "softcot." + super().__repr__()

@@ -28,6 +28,7 @@ def main(base: str, adapters: dict[str, str], requests: list[dict[str, Any]]) ->
                 for out in outputs
             ]
         )
+    print("REPR " + repr(llm))
     print("ANSWERS " + json.dumps(answers))
 
 

@@ -14,6 +14,7 @@ from ..passes.host import Host
 from ..rows.facts import IGNORED
 from ..rows.placement import prompts
 from ..sources import ThoughtSource
+from ..sources.describe import describe
 from .active import computable
 from .fingerprint import N, fingerprint, to_json
 from .lookup import FINGERPRINT, GIVEN, INPUT, INPUT_KEY, KEY, STATES, prompt_keys, refuse_conflicts
@@ -34,6 +35,10 @@ class ComputeThoughts:
         self._source = source
         self._num = num_thoughts
         self._fingerprint = fingerprint(source, num_thoughts or source.config.num_thought_tokens)
+
+    def __repr__(self) -> str:
+        number = "" if self._num is None else f", num_thought_tokens={self._num}"
+        return f"{type(self).__name__}({describe(self._source)}{number})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         marker = self._source.config.response_marker

@@ -20,6 +20,7 @@ from ..checkpoint.untrusted import meta_model, read_config
 from ..compat.engines import loaded_whole
 from ..compat.releases import commit_of, fill_buffers
 from ..config import SoftCoTConfig
+from ..sources.describe import describe
 from ..sources.names import missing_folder
 from ..sources.source import SOURCES
 from .feeding import check_structure
@@ -89,6 +90,12 @@ class Embedder:
         model = _with_embedding(name, commit, torch.device(device), dtype)
         # On the CPU first: PEFT would take the file's tensors through the first GPU.
         return cls(PeftModel.from_pretrained(model, str(adapter), torch_device="cpu", **options).eval())
+
+    def __repr__(self) -> str:
+        layer: Any = self.model.get_input_embeddings()
+        source, weight = layer.source(self.model.active_adapter), layer.weight
+        where = f"base={source.base.name_or_path!r}, dtype={weight.dtype}, device={str(weight.device)!r}"
+        return f"{type(self).__name__}({describe(source)}, {where})"
 
     @property
     def config(self) -> SoftCoTConfig:

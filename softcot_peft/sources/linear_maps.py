@@ -120,6 +120,11 @@ class PerPositionProjection(_LinearMap, nn.Module):
                 nn.init.uniform_(parameter, -(source_size**-0.5), source_size**-0.5)  # as `nn.Linear`
             else:
                 nn.init.normal_(parameter)
+        self.sizes = config.num_thought_tokens, source_size, base_size  # weights may be sharded
+
+    def extra_repr(self) -> str:
+        """Return the number of maps and their sizes."""
+        return "num_maps={}, in_features={}, out_features={}".format(*self.sizes)
 
     def forward(self, states: Tensor) -> Tensor:
         """Project `(..., N, H_source)` to `(..., N, H_base)`; N may be smaller than the number of maps.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..compat.engines import full_shape
 from ..config import SoftCoTConfig
+from .describe import fields
 from .inputs import BaseLM, Precomputed, Prompts
 from .registry import Registry
 from .tokenizers import base_tokenizer, thought_token_id
@@ -124,12 +125,8 @@ class ThoughtSource(nn.Module, ABC):
         )
 
     def read_into(self, prompts: Prompts, num_thoughts: int, cache: Any = None) -> tuple[Tensor, Any]:
-        """As `read`, if `shares_cache`; also returns the base's cache of the prompts, filled on the way.
-
-        Args:
-            prompts: The prompts of a batch.
-            num_thoughts: N.
-            cache: An empty cache to fill, which can be cropped. `None`: the base makes one.
+        """As `read`, if `shares_cache`; also returns the base's cache of the prompts, filled on the way: `cache`,
+        which is empty and can be cropped, or with `None` one that the base makes.
         """
         raise NotImplementedError(f"Thought source {self.kind!r} has `shares_cache=True` and must have `read_into`.")
 
@@ -195,6 +192,10 @@ class ThoughtSource(nn.Module, ABC):
     def complete(self, config: SoftCoTConfig) -> None:
         """Add what loading needs to a config before it is saved."""
         config.base_hidden_size = self.base.hidden_size
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the source: its assistant, N, and fields that are not at their defaults."""
+        return fields(self.config)
 
     def release(self) -> None:
         """Free memory that only `read` needs, until its next call."""

@@ -103,7 +103,7 @@ def test_results_belong_to_one_state_of_the_code(tmp_path: Path) -> None:
         "softcot_peft/hooks.py",
         "examples/results/work.py",
         "examples/results/variants.py",
-        "softcot_peft/analysis.py",
+        "softcot_peft/analysis/controls.py",
         "examples/baselines/common.py",
         "examples/pair/base/model.safetensors",
     } <= names

@@ -45,7 +45,8 @@ def answers(served: Served) -> dict[str, Any]:
     )
     lines = [line for line in ran.stdout.splitlines() if line.startswith("ANSWERS ")]
     assert lines, ran.stdout[-2000:] + ran.stderr[-2000:]
-    return dict(zip(asked, json.loads(lines[0].removeprefix("ANSWERS ")), strict=True))
+    (shown,) = [line.removeprefix("REPR ") for line in ran.stdout.splitlines() if line.startswith("REPR ")]
+    return dict(zip(asked, json.loads(lines[0].removeprefix("ANSWERS ")), strict=True)) | {"repr": shown}
 
 
 @pytest.mark.parametrize("name", ["first", "second", "shared", "chatting", None])
@@ -65,6 +66,11 @@ def test_one_prompt_ids_and_dicts(served: Served, answers: dict[str, Any]) -> No
         assert answer["tokens"] == expected
     (answer,) = answers["one chat"]
     assert answer["tokens"] == served.answer("first", served.ids(PROMPTS[0], chat=True))
+
+
+def test_it_names_its_base_and_adapters(served: Served, answers: dict[str, Any]) -> None:
+    names = sorted(name for name in served.adapters if name != "failing")
+    assert answers["repr"] == f"SoftCoTLLM({str(served.pair.base)!r}, adapters={names})"
 
 
 def test_runs_in_prompts_and_in_the_adapters_template(served: Served, answers: dict[str, Any]) -> None:

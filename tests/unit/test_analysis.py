@@ -149,6 +149,13 @@ def test_similarity_tells_collapsed_thoughts_from_different_ones() -> None:
     torch.testing.assert_close(analysis.thought_similarity(same), torch.ones(3, 3))
     across = torch.eye(8)[: 2 * N].view(2, N, 8)
     torch.testing.assert_close(analysis.thought_similarity(across), torch.eye(2))
+    torch.testing.assert_close(analysis.thought_similarity(same, "positions").diagonal(), torch.ones(N))
+    torch.testing.assert_close(analysis.thought_similarity(across, "positions"), torch.eye(N))
+    one, other = torch.randn(2, 2, 8)
+    expected = torch.stack([torch.cosine_similarity(v[:, None], v[None], dim=-1) for v in (one, other)]).mean(0)
+    torch.testing.assert_close(analysis.thought_similarity(torch.stack([one, other]), "positions"), expected)
+    with pytest.raises(ValueError, match="`between` must be 'questions' or 'positions', got 'layers'"):
+        analysis.thought_similarity(across, "layers")
 
 
 def test_a_token_s_embedding_is_nearest_to_itself(pair: Pair, model: PeftModel) -> None:
@@ -158,6 +165,12 @@ def test_a_token_s_embedding_is_nearest_to_itself(pair: Pair, model: PeftModel) 
     assert [[ranked[0] for ranked in row] for row in found] == [
         pair.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()
     ]
+    scored = analysis.nearest_tokens(model, pair.tokenizer, 3 * table[ids], count=2, similarities=True)
+    assert [[[token for token, _ in ranked] for ranked in row] for row in scored] == found
+    values = torch.tensor([[[value for _, value in ranked] for ranked in row] for row in scored])
+    torch.testing.assert_close(values[..., 0], torch.ones(2, 3))
+    second = torch.cosine_similarity(table[ids][:, :, None], table, dim=-1).topk(2).values[..., 1]
+    torch.testing.assert_close(values[..., 1], second)
     lengths = analysis.thought_norms(model, 3 * table[None])
     assert lengths["ratio"] == pytest.approx(3, rel=1e-5)
 
@@ -173,10 +186,19 @@ def test_attention_to_thoughts_is_that_of_their_columns(pair: Pair, model: PeftM
     with torch.no_grad():
         judged = oracle.states(prompt, [7, 8, 9]).attentions
     start = len(prompt)
+    heads = analysis.attention_to_thoughts(model, ids, token, per_head=True)
+    assert heads.shape == (2, 4, 3)
+    for layer, of_heads in zip(judged, heads, strict=True):
+        torch.testing.assert_close(of_heads, layer[0, :, -3:, start : start + N].sum(-1), **CLOSE)
     for layer, shares in zip(judged, found, strict=True):
         torch.testing.assert_close(shares, layer[0, :, -3:, start : start + N].sum(-1).mean(0), **CLOSE)
     with pytest.raises(ValueError, match="one row with a run"):
         analysis.attention_to_thoughts(model, torch.tensor([prompt]), token)
+    with pytest.raises(ValueError, match=f"of the adapter's `thought_token`, {token}, got 7.$"):
+        analysis.attention_to_thoughts(model, ids, 7)
+    unmarked = pair.model()
+    with pytest.raises(ValueError, match=r"`thought_token`, None, got .*Set `thought_token` in the adapter's config"):
+        analysis.attention_to_thoughts(unmarked, ids, token)
     model.get_base_model().set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         analysis.attention_to_thoughts(model, ids, token)
@@ -233,15 +255,18 @@ EXAMPLES = {
     f"{module.__name__}.{name}": code
     for module in (analysis, live_rows)
     for name, member in inspect.getmembers(module)
-    if getattr(member, "__module__", None) == module.__name__
+    if (getattr(member, "__module__", None) or "").startswith(module.__name__)
     for code in re.findall(r"```python\n(.*?)```", member.__doc__ or "", flags=re.DOTALL)
 }
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_in_docstrings_run(pair: Pair, model: PeftModel, name: str) -> None:
+def test_the_examples_in_docstrings_run(
+    pair: Pair, model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(EXAMPLES[name]), {"model": model, "tokenizer": pair.tokenizer, "prompts": QUESTIONS})
 
 
 def test_public_helpers_have_examples() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 7

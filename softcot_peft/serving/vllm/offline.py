@@ -49,6 +49,9 @@ class SoftCoTLLM(LLM):
             outputs = super().generate(prompts(adapter.embeddings, dtype), SamplingParams(**SAMPLING), use_tqdm=False)
             check_outputs(outputs, dtype)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model_config.model!r}, adapters={sorted(self._adapters)})"
+
     def generate(
         self,
         prompts: Any,
