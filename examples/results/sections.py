@@ -56,7 +56,7 @@ def summary(results: Results) -> str:
         rows.append(
             [f"SoftCoT, {CONTROLS[control]} as thoughts", results.share("controls", control, system="SoftCoT"), ""]
         )
-    for system in ("Assist-CoT", "prompt tuning", "LoRA"):
+    for system in ("Assist-CoT", "LoRA"):
         rows.append([system, results.share(system=system), results.share("digits", "right", system=system)])
     same, asked = disabled(results)
     head = ["accuracy, % [95 % interval]", "new task: number words", "base's own task, system enabled"]

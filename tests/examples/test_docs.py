@@ -21,7 +21,6 @@ datasets = pytest.importorskip("datasets")
 FOLDERS = (".", "docs", "evaluation", "tests")
 DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONVERSATION = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 # Pages with code; those with a test of their own are left out.
@@ -58,31 +57,22 @@ CHANGES = {
 @pytest.mark.usefixtures("nothing_given")
 def test_the_readme_s_code_runs_from_training_to_the_pipeline(pair: Pair, tmp_path: Path) -> None:
     """The blocks in their order, with the pair of the tests in the place of the named models; they give one a name."""
-    labelled = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in pair.rows(QUESTIONS)]
     names = {
         "arguments": TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
-        "dataset": datasets.Dataset.from_list(labelled),
-        "conversations": datasets.Dataset.from_dict({"messages": [CONVERSATION]}),
         "tokenizer": pair.tokenizer,
-        "my_model": pair.load_base(),
-        "my_tokenizer": pair.tokenizer,
     }
     replacements = {
         "Qwen/Qwen2.5-1.5B-Instruct": str(pair.base),
         "Qwen/Qwen2.5-0.5B-Instruct": str(pair.assistant),
         "A farmer has 12 hens and buys 34 more. How many hens are there?": QUESTIONS[0],
         "my-adapter": str(tmp_path / "my-adapter"),
-        "<|endoftext|>": "<thought>",
         "Trainer(model, ": "Trainer(model, arguments, ",
-        "SoftCoTConfig(...,": f"SoftCoTConfig(assistant_model_name_or_path={str(pair.assistant)!r},",
-        '(assistant_model_name_or_path="my-assistant", ...)': '(assistant_model_name_or_path="my-assistant")',
     }
     for block in BLOCKS:
         for name, ours in replacements.items():
             block = block.replace(name, ours)
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
-    assert names["rows"].num_rows == 2
     (answer,) = names["pipe"](QUESTIONS[0], max_new_tokens=2)
     assert answer["generated_text"].startswith(QUESTIONS[0])
 
