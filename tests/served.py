@@ -158,7 +158,7 @@ class Server:
         command += ["--enforce-eager", "--max-model-len", str(LENGTH), "--block-size", "32"]
         command += ["--enable-prompt-embeds", *(options or [])]
         variables = {**os.environ, **changed}
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 [part for part in command if part],
                 env={name: value for name, value in variables.items() if value is not None},
