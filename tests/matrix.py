@@ -29,7 +29,8 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[proj
 PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 VERSIONS = """
 import importlib.metadata, json, platform, sys
-found = {name: importlib.metadata.version(name).split("+")[0] for name in sys.argv[1:]}
+installed = {name.metadata["Name"].lower().replace("_", "-") for name in importlib.metadata.distributions()}
+found = {name: importlib.metadata.version(name).split("+")[0] for name in sys.argv[1:] if name in installed}
 print(json.dumps({"python": platform.python_version(), **found}))
 """
 
