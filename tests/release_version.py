@@ -16,6 +16,8 @@ VERSION = r"(\d+\.\d+\.\d+)(\.dev\d+)?"
 SOURCE = (ROOT / "softcot_peft" / "_version.py", re.compile(rf'^__version__ = "({VERSION})"$', re.M))
 CITATION = (ROOT / "CITATION.cff", re.compile(rf"^version: ({VERSION})$", re.M))
 CHANGELOG = (ROOT / "CHANGELOG.md", re.compile(r"^## (\d+\.\d+\.\d+)(?: \((unreleased|\d{4}-\d\d-\d\d)\))?$", re.M))
+REPOSITORY = re.compile(r'^Repository = "(.+)"$', re.M)
+ELSEWHERE = {"CITATION.cff": r"^repository-code: (.+)$", "mkdocs.yml": r"^repo_url: (.+)$"}
 RELEASED = re.compile(r"^date-released: (.+)\n", re.M)
 
 
@@ -37,8 +39,24 @@ def version() -> str:
     return found_in(SOURCE)[1]
 
 
+def check_address() -> None:
+    """Check that files that repeat the repository's address have the one in pyproject.toml, or none if it has none.
+
+    Raises:
+        ValueError: A file has another one.
+    """
+    address = REPOSITORY.search((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for name, pattern in ELSEWHERE.items():
+        path = ROOT / name
+        found = re.search(pattern, path.read_text(encoding="utf-8"), re.M) if path.exists() else address
+        if (address and address[1]) != (found and found[1].strip("\"'")):
+            raise ValueError(
+                f"{name} must have the address of `Repository` in pyproject.toml, or none if that is none."
+            )
+
+
 def check(tag: str | None = None) -> None:
-    """Check that version, citation, changelog and, for a release, its tag agree.
+    """Check that version, citation, changelog, the repository's address and, for a release, its tag agree.
 
     Raises:
         ValueError: They do not; the message names the place.
@@ -49,6 +67,7 @@ def check(tag: str | None = None) -> None:
     section, state = found_in(CHANGELOG).groups()
     if section != release:
         raise ValueError(f"The first section of CHANGELOG.md must be {release}, got {section}.")
+    check_address()
     if tag is None:
         return
     if dev or tag != f"v{now}":
