@@ -9,7 +9,8 @@ JOBS ?= 2
 # Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
 SIZE ?= small
 
-.PHONY: quickstart report real bench bench-serving notebooks test test-matrix conformance serving fuzz docs check style clean
+.PHONY: quickstart report real bench bench-serving notebooks test test-matrix conformance serving fuzz docs check style \
+	release-check workflows clean
 
 .venv/base: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
@@ -50,8 +51,29 @@ bench: .venv/report  ## compare SoftCoT's time and memory with other methods, an
 test: .venv/dev  ## run the test suite, with the network off and warnings as errors
 	$(BIN)/python -m pytest -n $(JOBS)
 
+# PYTHONS="python3.10 python3.13": every environment with each. ENVIRONMENTS="lowest newest": some of them. TESTS=tests/unit:
+# some of the tests. With some, the results are printed only.
 test-matrix:  ## run the suite on the lowest and newest versions, and write docs/support.md; resumable
-	$(PYTHON) tests/matrix.py --torch "$(TORCH)" --torch-lowest "$(TORCH_LOWEST)" --jobs $(JOBS)
+	$(PYTHON) tests/matrix.py --torch "$(TORCH)" --torch-lowest "$(TORCH_LOWEST)" --jobs $(JOBS) $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS)) $(if $(TESTS),--tests $(TESTS))
+
+release-check:  ## build wheel and sdist, check them, and use the wheel with the lowest and the newest versions
+	$(PYTHON) tests/release.py --torch "$(TORCH)" --torch-lowest "$(TORCH_LOWEST)"
+
+.venv-workflows/ready: Makefile
+	$(PYTHON) -m venv .venv-workflows
+	.venv-workflows/bin/python -m pip install --quiet --disable-pip-version-check zizmor==1.32.0 check-jsonschema==0.39.0
+	@touch $@
+
+SCHEMA := .venv-workflows/bin/check-jsonschema --quiet --builtin-schema
+
+workflows: .venv-workflows/ready  ## check workflows, dependabot.yml, issue forms and CITATION.cff; the tools work offline
+	.venv-workflows/bin/zizmor --offline --no-progress --persona pedantic .github
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 # Packages without which the suite skips tests. DeepSpeed is built without its kernels, with the installed torch.
 .venv/engines: .venv/dev
@@ -94,4 +116,4 @@ style: .venv/dev  ## format, and fix lint errors that can be fixed automatically
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-matrix .venv-serving .pytest_cache .mypy_cache .ruff_cache build site *.egg-info
+	rm -rf .venv .venv-matrix .venv-release .venv-serving .venv-workflows .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

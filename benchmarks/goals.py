@@ -157,7 +157,7 @@ def _generation(found: dict[str, Any]) -> Iterator[Goal]:
 def _added(times: Mapping[str, list[float]], name: str, to: str) -> str:
     """Format the median difference of two times in a round, relative to the second."""
     added = median(one - other for one, other in zip(times[name], times[to], strict=True))
-    return f"{1e6 * added:+.0f} µs relative to {1e3 * median(times[to]):.2f} ms"
+    return f"{1e6 * added:+.0f} \N{MICRO SIGN}s relative to {1e3 * median(times[to]):.2f} ms"
 
 
 def _extensions(found: dict[str, Any]) -> Iterator[Goal]:

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ def check_shards(name: str, revision: str | None) -> None:
     if index is None:
         return
     files = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {}).values()
-    outside = [file for file in files if Path(file).is_absolute() or ".." in PurePath(file).parts]
+    paths = {file: PureWindowsPath(file) for file in files}  # knows drives and both separators on every platform
+    outside = [file for file, path in paths.items() if path.anchor or ".." in path.parts]
     if outside:
         raise ValueError(f"its list of weight files leads out of its folder, to {outside[0]!r}.")
 

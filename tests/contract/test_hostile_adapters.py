@@ -481,7 +481,13 @@ def test_a_pickled_tokenizer_is_never_read(pair: Pair, assistant: Path, trap: Tr
         think_with(pair, assistant)
 
 
-@pytest.mark.parametrize("path", ["../outside.safetensors", "/outside.safetensors", "x/../../outside.safetensors"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../outside.safetensors", "/outside.safetensors", "x/../../outside.safetensors",
+        "..\\outside.safetensors", "C:outside.safetensors", "\\\\host\\share\\outside.safetensors",  # Windows
+    ],
+)  # fmt: skip
 def test_a_list_of_weight_files_does_not_lead_out_of_the_folder(
     pair: Pair, assistant: Path, tmp_path: Path, path: str
 ) -> None:

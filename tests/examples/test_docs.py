@@ -161,7 +161,7 @@ def test_the_body_for_sglang_holds_the_embeddings(pair: Pair, tmp_path: Path, mo
     section = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## SGLang")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     exec(compile(block, "serving.md", "exec"), {"tokenizer": pair.tokenizer})
-    body = json.loads(Path("body.json").read_text())
+    body = json.loads(Path("body.json").read_text(encoding="utf-8"))
     assert set(body) == {"input_embeds", "sampling_params"}
     assert body["sampling_params"] == {"temperature": 0, "max_new_tokens": 64}
     (expected,) = prompt_embeds(model, **pair.batch(["How many legs have seven dogs?"]))

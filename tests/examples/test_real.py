@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -148,7 +146,7 @@ def test_what_is_done_before_a_kill_is_not_done_again(options: list[str], tmp_pa
     while time.monotonic() < until and not list(tmp_path.glob("runs/*/*.json")):
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.json")}
     assert kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -133,7 +132,7 @@ def test_training_killed_at_any_moment_ends_on_the_same_weights(pair: Pair, tmp_
             time.sleep(0.001)
         time.sleep(random.SystemRandom().uniform(0, 0.05))  # about as long as writing it takes
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert not (tmp_path / f"checkpoint-{steps}").exists()
     script, find = load_script(SCRIPT, "train_script"), load_example("train_gsm8k").last_whole_checkpoint

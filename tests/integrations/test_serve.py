@@ -87,7 +87,7 @@ def serving(folder: Path, log: Path, *options: str) -> Iterator[str]:
         )
     port = free_port()
     command = [sys.executable, "-c", COMMAND, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*command, "--device", "cpu", *options], env=process_environment(), stdout=file, stderr=subprocess.STDOUT
         )
@@ -101,7 +101,7 @@ def serving(folder: Path, log: Path, *options: str) -> Iterator[str]:
                 break
             except URLError:
                 time.sleep(0.2)
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text(encoding="utf-8")
         yield address
     finally:
         process.terminate()
