@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, InclusionLevel
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 # Pages that stand elsewhere in the repository, by the name that the site gives them.
@@ -16,7 +16,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "tests/README.md": "tests.md",
     "evaluation/README.md": "evaluation-tasks.md",
-    "CONTRIBUTING.md": "contributing-guide.md",
+    "CONTRIBUTING.md": "contributing.md",
     "RELEASE.md": "release.md",
 }
 _ORIGINS = {page: origin for origin, page in PAGES.items()}
@@ -33,10 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add pages from outside of docs/, and a light and a dark version of every figure that has both in one file."""
     for origin, page in PAGES.items():
         if (ROOT / origin).exists():
-            text, place = (ROOT / origin).read_text(encoding="utf-8"), InclusionLevel.UNDEFINED
-            if page in ("contributing-guide.md", "release.md"):
-                place = InclusionLevel.NOT_IN_NAV
-            files.append(File.generated(config, page, content=text, inclusion=place))
+            files.append(File.generated(config, page, content=(ROOT / origin).read_text(encoding="utf-8")))
     for figure in list(files):
         if figure.src_uri.startswith("figures/") and figure.src_uri.endswith(".svg"):
             for name, text in _schemes(figure.content_string).items():

@@ -22,7 +22,7 @@ from project_files import ROOT, process_environment
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # Pages of the site that stand elsewhere in the repository; docs/site_hooks.py adds them.
-FROM_OUTSIDE = {"security.md", "changelog.md", "tests.md", "evaluation-tasks.md"}
+FROM_OUTSIDE = {"security.md", "changelog.md", "tests.md", "evaluation-tasks.md", "contributing.md", "release.md"}
 # Messages that are not this package's.
 OF_OTHERS = ("KeyError: 'SOFTCOT'", "The version of PEFT you are using is not compatible")
 PUBLIC_MODULES = ("softcot_peft", "softcot_peft.sources", "softcot_peft.precompute", "softcot_peft.serving")
