@@ -1,0 +1,64 @@
+"""Prepares an adapter's files for the Hub: a complete model card, and no path of this machine."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from .card import keep_training_draft, write_card
+from .local_names import hide_local_names, local_names_message, read_adapter_config
+
+
+def prepare_for_hub(folder: str | os.PathLike[str], repo_id: str | None = None) -> None:
+    """Complete the model card of a saved adapter, and take local folders out of its config.
+
+    `push_to_hub` does this with the copy that it uploads. Call it before you upload a folder in another way, such as
+    `hf upload`, or after a trainer of TRL has written its model card. Local names of base, assistant and tokenizer
+    become `"local:NAME"`, so the folder then loads only with models that you pass.
+
+    Args:
+        folder: Folder of the adapter, or of several, each in its own subfolder.
+        repo_id: Repository that the code in the card loads from. `None`: the card leaves its place open.
+
+    Raises:
+        ValueError: The folder has no SoftCoT adapter.
+
+    Warns:
+        UserWarning: The config named local folders; the message says what to set.
+
+    Example:
+        ```python
+        from peft import get_peft_model
+        from softcot_peft import SoftCoTConfig, prepare_for_hub
+        from transformers import AutoModelForCausalLM
+
+        config = SoftCoTConfig(assistant_model_name_or_path="path/to/assistant", task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained("path/to/base"), config)
+        model.save_pretrained("my-adapter")
+        prepare_for_hub("my-adapter", repo_id="me/my-adapter")  # warns: base and assistant are local folders
+        ```
+    """
+    root = Path(folder)
+    found = [path for path in (root, *sorted(root.glob("*/"))) if read_adapter_config(path) is not None]
+    if not found:
+        raise ValueError(
+            f"`folder` must hold a SoftCoT adapter, got {str(folder)!r} without an adapter_config.json of one. Call "
+            "`save_pretrained` first."
+        )
+    for path in found:
+        local = hide_local_names(path)
+        write_card(path, repo_id, None if path == root else path.name)
+        if local:
+            name = "default" if path == root else path.name
+            warnings.warn(local_names_message(local, name), stacklevel=2)
+
+
+def complete_after_trainer(folder: str | os.PathLike[str]) -> None:
+    """Put the text of a saved adapter's card back after `Trainer.create_model_card` has replaced the card.
+
+    Does nothing for cards that the Trainer has not just written. `Trainer.push_to_hub` uploads the folder next.
+    """
+    root = Path(folder)
+    if read_adapter_config(root) is not None and keep_training_draft(root):
+        prepare_for_hub(root)

@@ -1,0 +1,52 @@
+"""Completes model cards where PEFT and transformers write or upload them without the adapter's config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint.local_names import read_adapter_config
+from .checkpoint.upload import complete_after_trainer, prepare_for_hub
+from .guards import WrappedMethod
+
+# `push_to_hub` saves the model, writes the repository's card over the saved one, and then calls this method, which is
+# private but the last before the upload (transformers 5.19 to 5.24).
+UPLOAD = "_upload_modified_files"
+CARD = "create_or_update_model_card"  # a method of PeftModel, which `Trainer.create_model_card` ends with
+
+
+def follow_uploads(model: nn.Module) -> None:
+    """Wrap the methods of a `PeftModel` that write or upload model cards, unless they are wrapped."""
+    for name, function in ((UPLOAD, upload), (CARD, update_card)):
+        if hasattr(model, name) and not isinstance(model.__dict__.get(name), WrappedMethod):
+            WrappedMethod(model, name, function)
+
+
+def upload(original: Callable[..., Any], working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """Prepare the files of SoftCoT adapters in a folder, and upload them."""
+    folders = (Path(working_dir), *Path(working_dir).glob("*/"))
+    if any(read_adapter_config(folder) is not None for folder in folders):
+        prepare_for_hub(working_dir, repo_id)
+    return original(working_dir, repo_id, *args, **kwargs)
+
+
+def update_card(original: Callable[..., Any] | None, output_dir: str | os.PathLike[str]) -> None:
+    """Update a card as PEFT does, and complete it if the Trainer has just written it."""
+    if original is not None:
+        original(output_dir)
+    complete_after_trainer(output_dir)
+
+
+class BareCard:
+    """`create_or_update_model_card` of a base that has an adapter without being a `PeftModel`.
+
+    `Trainer.create_model_card` calls it for every model whose card says `library_name: peft`.
+    """
+
+    def __call__(self, output_dir: str | os.PathLike[str]) -> None:
+        """Complete the card in a folder if the Trainer has just written it."""
+        update_card(None, output_dir)
