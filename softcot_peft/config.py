@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType, TaskType
 
 from .checkpoint.card import write_card
 from .checkpoint.untrusted import has_only_pickle, pickle_message
-from .checkpoint.upload import prepare_for_hub
+from .checkpoint.upload import prepare_copy
 from .config_checks import check_types, check_values
 
 
@@ -220,5 +220,5 @@ class SoftCoTConfig(PeftConfig):
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # The last method that `push_to_hub` calls, after it has written the repository's card over the saved one.
-        prepare_for_hub(working_dir, repo_id)
+        prepare_copy(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .checkpoint.local_names import read_adapter_config
-from .checkpoint.upload import complete_after_trainer, prepare_for_hub
+from .checkpoint.card import restore_tags, tags_in
+from .checkpoint.upload import complete_after_trainer, prepare_copy
 from .guards import WrappedMethod
 
 # `push_to_hub` saves the model, writes the repository's card over the saved one, and then calls this method, which is
@@ -28,16 +27,16 @@ def follow_uploads(model: nn.Module) -> None:
 
 def upload(original: Callable[..., Any], working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """Prepare the files of SoftCoT adapters in a folder, and upload them."""
-    folders = (Path(working_dir), *Path(working_dir).glob("*/"))
-    if any(read_adapter_config(folder) is not None for folder in folders):
-        prepare_for_hub(working_dir, repo_id)
+    prepare_copy(working_dir, repo_id)
     return original(working_dir, repo_id, *args, **kwargs)
 
 
 def update_card(original: Callable[..., Any] | None, output_dir: str | os.PathLike[str]) -> None:
     """Update a card as PEFT does, and complete it if the Trainer has just written it."""
     if original is not None:
+        tags = tags_in(output_dir)
         original(output_dir)
+        restore_tags(output_dir, tags)  # PEFT replaces them by its own
     complete_after_trainer(output_dir)
 
 

@@ -5,6 +5,7 @@ Everything outside of the marks belongs to the user and is kept, however the ada
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _DESCRIPTIONS = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated.",
 )
-_PEFT_LINES = re.compile(r"### Framework versions|- PEFT .*")
+_VERSIONS = re.compile(r"\n*### Framework versions\n+((?:- PEFT .*\n?)+)\s*\Z")
 _MOST_TEXTS = 64
 _texts: dict[str, str] = {}  # the cards written last, by folder; `Trainer.create_model_card` overwrites the file
 
@@ -70,6 +71,20 @@ def keep_training_draft(folder: Path) -> bool:
     return True
 
 
+def tags_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the tags of the card in a folder."""
+    path = Path(folder, "README.md")
+    return list(ModelCard(path.read_text(encoding="utf-8")).data.get("tags") or []) if path.exists() else []
+
+
+def restore_tags(folder: str | os.PathLike[str], tags: list[str]) -> None:
+    """Add tags to the card in a folder that it lacks."""
+    path = Path(folder, "README.md")
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
+    path.write_text(str(card), encoding="utf-8")
+
+
 def _save(card: ModelCard, path: Path) -> None:
     card.text = card.text.rstrip("\n") + "\n"
     path.write_text(str(card), encoding="utf-8")
@@ -85,12 +100,11 @@ def _save(card: ModelCard, path: Path) -> None:
 
 def _complete_text(text: str, facts: CardFacts) -> str:
     text = _OLD_SECTION.sub("", text)
-    versions = ""
-    if _is_template(text):
-        versions = "\n\n".join(line for line in text.splitlines() if _PEFT_LINES.fullmatch(line))
-        text = _TITLE + "\n"
+    versions = _VERSIONS.search(text)  # PEFT adds them to the end of the text, or of a list there
+    text = text[: versions.start()] if versions else text
+    text = _TITLE + "\n" if _is_template(text) else text
     text = _put(_put(text, "note", note(facts), first=True), "usage", usage(facts))
-    return f"{text}\n{versions}".rstrip("\n") + "\n"
+    return text.rstrip() + (f"\n\n### Framework versions\n\n{versions[1]}\n" if versions else "\n")
 
 
 def _put(text: str, name: str, content: str, first: bool = False) -> str:
@@ -113,7 +127,7 @@ def _is_template(text: str) -> bool:
     for description in _DESCRIPTIONS:
         known.update(str(ModelCard.from_template(ModelCardData(), model_description=description)).splitlines())
     lines = [line for line in text.splitlines() if line.strip()]
-    return all(line in known or _PEFT_LINES.fullmatch(line) for line in lines)
+    return known.issuperset(lines)
 
 
 # Metadata

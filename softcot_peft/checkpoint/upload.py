@@ -39,26 +39,48 @@ def prepare_for_hub(folder: str | os.PathLike[str], repo_id: str | None = None) 
         prepare_for_hub("my-adapter", repo_id="me/my-adapter")  # warns: base and assistant are local folders
         ```
     """
-    root = Path(folder)
-    found = [path for path in (root, *sorted(root.glob("*/"))) if read_adapter_config(path) is not None]
-    if not found:
-        raise ValueError(
-            f"`folder` must hold a SoftCoT adapter, got {str(folder)!r} without an adapter_config.json of one. Call "
-            "`save_pretrained` first."
-        )
-    for path in found:
-        local = hide_local_names(path)
-        write_card(path, repo_id, None if path == root else path.name)
-        if local:
-            name = "default" if path == root else path.name
-            warnings.warn(local_names_message(local, name), stacklevel=2)
+    for message in _prepare(Path(folder), repo_id):
+        warnings.warn(message, stacklevel=2)
+
+
+def prepare_copy(folder: str, repo_id: str) -> None:
+    """Prepare the copy of a folder that `push_to_hub` uploads; does nothing if there is no SoftCoT adapter."""
+    if _adapters(Path(folder)):
+        for message in _prepare(Path(folder), repo_id):
+            warnings.warn(message, stacklevel=4)
 
 
 def complete_after_trainer(folder: str | os.PathLike[str]) -> None:
     """Put the text of a saved adapter's card back after `Trainer.create_model_card` has replaced the card.
 
-    Does nothing for cards that the Trainer has not just written. `Trainer.push_to_hub` uploads the folder next.
+    Does nothing for cards that the Trainer has not just written. `Trainer.push_to_hub` uploads the folder next, so
+    local folders leave its config.
     """
     root = Path(folder)
-    if read_adapter_config(root) is not None and keep_training_draft(root):
-        prepare_for_hub(root)
+    if read_adapter_config(root) is None or not keep_training_draft(root):
+        return
+    for message in _prepare(root, None):
+        changed = f"The Trainer uploads {str(folder)!r} itself, so the config in it was changed; checkpoints were not."
+        warnings.warn(f"{message} {changed}", stacklevel=4)
+
+
+def _adapters(root: Path) -> list[Path]:
+    """Return the folders of the SoftCoT adapters in a folder: itself, and those of PEFT for other names."""
+    return [path for path in (root, *sorted(root.glob("*/"))) if read_adapter_config(path) is not None]
+
+
+def _prepare(root: Path, repo_id: str | None) -> list[str]:
+    """Complete the cards and configs of the adapters in a folder; returns the warnings."""
+    found = _adapters(root)
+    if not found:
+        raise ValueError(
+            f"`folder` must hold a SoftCoT adapter, got {str(root)!r} without an adapter_config.json of one. Call "
+            "`save_pretrained` first."
+        )
+    messages = []
+    for path in found:
+        local = hide_local_names(path)
+        write_card(path, repo_id, None if path == root else path.name)
+        if local:
+            messages.append(local_names_message(local, "default" if path == root else path.name))
+    return messages
