@@ -62,7 +62,7 @@ def keep_training_draft(folder: Path) -> bool:
     text = draft.text.lstrip().removeprefix(comment).strip()
     text = re.sub(r"\A# .*", "## Training", text)
     card = ModelCard(_texts.get(str(folder.resolve()), f"---\n{{}}\n---\n{_TITLE}\n"))
-    card.text = _put(card.text, "training", text)
+    card.text = _put(_VERSIONS.sub("\n", card.text), "training", text)  # the draft has the versions
     tags = dict.fromkeys([*(card.data.get("tags") or []), *(draft.data.get("tags") or [])])
     for key, value in draft.data.to_dict().items():
         card.data[key] = value

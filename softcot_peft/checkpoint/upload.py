@@ -29,14 +29,11 @@ def prepare_for_hub(folder: str | os.PathLike[str], repo_id: str | None = None) 
 
     Example:
         ```python
-        from peft import get_peft_model
         from softcot_peft import SoftCoTConfig, prepare_for_hub
-        from transformers import AutoModelForCausalLM
 
-        config = SoftCoTConfig(assistant_model_name_or_path="path/to/assistant", task_type="CAUSAL_LM")
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained("path/to/base"), config)
-        model.save_pretrained("my-adapter")
-        prepare_for_hub("my-adapter", repo_id="me/my-adapter")  # warns: base and assistant are local folders
+        names = {"base_model_name_or_path": "owner/base", "assistant_model_name_or_path": "owner/assistant"}
+        SoftCoTConfig(**names, task_type="CAUSAL_LM").save_pretrained("my-adapter")  # with the model, usually
+        prepare_for_hub("my-adapter", repo_id="me/my-adapter")
         ```
     """
     for message in _prepare(Path(folder), repo_id):
