@@ -218,7 +218,9 @@ class SoftCoTConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(  # type: ignore[override]  # passes on what it does not know
+        self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
         # The last method that `push_to_hub` calls, after it has written the repository's card over the saved one.
         prepare_copy(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
