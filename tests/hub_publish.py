@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.request import Request, urlopen
 import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import get_peft_model
+from project_files import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from softcot_peft import SoftCoTConfig
@@ -116,6 +118,13 @@ def push_local(found: dict[str, Any], root: Path, tokenizer: Any, rows: list[dic
     found["kept"] = json.loads(Path("kept/adapter_config.json").read_text(encoding="utf-8"))
 
 
+def run_page(page: Path) -> None:
+    """The code of docs/sharing.md, in its order, with the names of the models that this Hub has."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block.replace("owner/", "me/"), page.name, "exec"), names)
+
+
 def main(root: Path, output: Path) -> None:
     for name in ("base", "assistant"):
         HfApi().create_repo(f"me/{name}")
@@ -127,6 +136,7 @@ def main(root: Path, output: Path) -> None:
     push_with_peft(found, tokenizer)
     push_with_trainer(found, tokenizer, rows)
     push_local(found, root, tokenizer, rows)
+    run_page(ROOT / "docs" / "sharing.md")
     output.write_text(json.dumps(found), encoding="utf-8")
 
 

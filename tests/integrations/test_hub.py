@@ -140,6 +140,10 @@ def test_the_trainer_s_card_has_data_and_metrics(found: dict[str, Any]) -> None:
         assert text.count("The following hyperparameters were used during training") == 1
 
 
+def test_the_code_of_the_page_on_sharing_has_run(found: dict[str, Any]) -> None:
+    assert {"me/my-adapter", "me/my-run"} <= set(found["files"])
+
+
 # Folders of the author's machine
 
 
