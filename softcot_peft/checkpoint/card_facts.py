@@ -13,7 +13,7 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
 
-from .local_names import PREFIX, is_local
+from .local_names import PREFIX, is_given, is_local
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class CardFacts:
         assistant: Hub id or registered name of the assistant, or what stands for it in a shared config; `None` if it
             is a local folder, or the thought source has no assistant.
         assistant_revision: Its commit, if it is on the Hub.
+        assistant_is_given: Whether it must be passed with `use_assistant` before the adapter is loaded.
         source: Name of the thought source.
         num_chains: Number of chains.
         num_thoughts: Number of soft thoughts in training.
@@ -38,6 +39,7 @@ class CardFacts:
     base_revision: str | None
     assistant: str | None
     assistant_revision: str | None
+    assistant_is_given: bool
     source: str
     num_chains: int
     num_thoughts: int
@@ -55,6 +57,7 @@ def facts_of(config: Mapping[str, Any], repo_id: str | None, subfolder: str | No
         base_revision=_commit(base, config.get("revision")) if base else None,
         assistant=None if is_local(assistant) else assistant,
         assistant_revision=config.get("assistant_revision"),
+        assistant_is_given=is_given(config),
         source=config.get("thought_source", "assistant"),
         num_chains=config.get("num_chains", 1),
         num_thoughts=config.get("num_thought_tokens", 32),

@@ -44,16 +44,16 @@ def _models(facts: CardFacts) -> str:
         reader = named.get(facts.source, f"thought source `{facts.source}`")
     elif facts.assistant.startswith(PREFIX):
         reader = f"a local folder of the author's, `{facts.assistant}`"
-    elif "/" in facts.assistant:
-        reader = f"[{facts.assistant}](https://huggingface.co/{facts.assistant})"
+    elif facts.assistant_is_given:
+        reader = f"passed with `use_assistant`, as `{facts.assistant}`"
     else:
-        reader = f"`{facts.assistant}`"
+        reader = f"[{facts.assistant}](https://huggingface.co/{facts.assistant})"
     rows = [row("base", base, facts.base_revision), row("assistant", reader, facts.assistant_revision)]
     return "\n".join(["| | model | revision |", "| --- | --- | --- |", *rows])
 
 
 def _register(facts: CardFacts) -> str:
-    if not (facts.assistant or "").startswith(PREFIX):
+    if not facts.assistant_is_given:
         return ""
     return f'softcot_peft.use_assistant(assistant, assistant_tokenizer, name="{facts.assistant}")  # load them first\n'
 
@@ -103,7 +103,7 @@ print(pipe({json.dumps(facts.prompt, ensure_ascii=False)}, max_new_tokens=64)[0]
 
 
 def _server(facts: CardFacts) -> str:
-    if facts.source != "assistant" or facts.num_chains > 1 or (facts.assistant or "").startswith(PREFIX):
+    if facts.source != "assistant" or facts.num_chains > 1 or facts.assistant_is_given:
         return ""  # the server has no way to run these
     revision = f" --revision {facts.base_revision}" if facts.base_revision else ""
     return f"""\

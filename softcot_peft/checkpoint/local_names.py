@@ -34,6 +34,15 @@ def public_name(name: str) -> str:
     return PREFIX + (PureWindowsPath(name).name if "\\" in name else Path(name).expanduser().resolve().name)
 
 
+def is_given(config: Mapping[str, Any]) -> bool:
+    """Return whether whoever loads an adapter must pass its assistant with `use_assistant`.
+
+    Saving writes the commit of an assistant on the Hub, so that a name without owner and commit was registered.
+    """
+    name = config.get("assistant_model_name_or_path") or "/"
+    return name.startswith(PREFIX) or not ("/" in name or config.get("assistant_revision") or is_local(name))
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any] | None:
     """Return the adapter config in a folder as it is stored; `None` if there is no SoftCoT adapter."""
     path = folder / CONFIG_NAME
@@ -69,3 +78,12 @@ def local_names_message(local: Mapping[str, str], adapter_name: str) -> str:
                 f"`use_assistant(model, tokenizer, name={public_name(name)!r})`."
             )
     return " ".join(lines)
+
+
+def given_name_message(name: str) -> str:
+    """Return the warning for an assistant that was registered under a name that is no Hub id."""
+    return (
+        f"`assistant_model_name_or_path` must be a Hub id in an adapter that is shared, got {name!r}, a name given to "
+        "`use_assistant`: whoever loads the adapter has to load the assistant first and call `use_assistant(model, "
+        f"tokenizer, name={name!r})`. If the assistant is on the Hub, register it under its Hub id."
+    )

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from .card import keep_training_draft, write_card
-from .local_names import hide_local_names, local_names_message, read_adapter_config
+from .local_names import given_name_message, hide_local_names, is_given, local_names_message, read_adapter_config
 
 
 def prepare_for_hub(folder: str | os.PathLike[str], repo_id: str | None = None) -> None:
@@ -78,6 +78,9 @@ def _prepare(root: Path, repo_id: str | None) -> list[str]:
     for path in found:
         local = hide_local_names(path)
         write_card(path, repo_id, None if path == root else path.name)
+        stored = read_adapter_config(path) or {}
         if local:
             messages.append(local_names_message(local, "default" if path == root else path.name))
+        elif is_given(stored):
+            messages.append(given_name_message(stored["assistant_model_name_or_path"]))
     return messages

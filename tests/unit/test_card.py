@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +233,25 @@ def test_a_folder_that_is_prepared_names_no_local_folder_and_says_what_to_set(pa
     root = str(pair.base.parent)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and root.encode() in path.read_bytes()] == []
     assert 'load_adapter("me/adapter", adapter_kwargs={"subfolder": "other"})' in read(tmp_path / "other").text
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prepare_for_hub(tmp_path)  # nothing is left to hide
+    with pytest.warns(UserWarning, match="got 'local:assistant', a name given to `use_assistant`") as caught:
+        prepare_for_hub(tmp_path)  # nothing is left to hide, but nobody else can load it yet
+    assert not any("local folder" in str(warning.message) for warning in caught)
+
+
+def test_an_assistant_that_was_given_is_a_warning(pair: Pair, tmp_path: Path) -> None:
+    """It has no commit, unlike one on the Hub; the card says how to give it."""
+    config(assistant_model_name_or_path="my-assistant", assistant_revision=None).save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match=r"got 'my-assistant', a name given to `use_assistant`"):
+        prepare_for_hub(tmp_path)
+    text = read(tmp_path).text
+    assert text.count('softcot_peft.use_assistant(assistant, assistant_tokenizer, name="my-assistant")') == 2
+    assert "vllm" not in text
+
+
+def test_metadata_that_are_no_yaml_are_an_error_that_says_so(tmp_path: Path) -> None:
+    write(tmp_path, "---\nlicense: [mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"(?s)README\.md' must begin with YAML .* Correct the metadata"):
+        config().save_pretrained(str(tmp_path))
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
