@@ -12,6 +12,7 @@ add_peft_type()  # before the config is imported, whose `peft_type` is this memb
 
 from ._version import __version__  # noqa: E402
 from .chat_template import with_thought_tokens  # noqa: E402
+from .checkpoint.upload import prepare_for_hub  # noqa: E402
 from .config import SoftCoTConfig  # noqa: E402
 from .conversations import split_conversations  # noqa: E402
 from .sources.find_assistant import use_assistant  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "SoftCoTModel",
     "__version__",
     "compute_thoughts",
+    "prepare_for_hub",
     "prompt_embeds",
     "split_conversations",
     "use_assistant",

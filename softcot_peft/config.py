@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftType, TaskType
 
-from .checkpoint.card import write_usage
+from .checkpoint.card import write_card
 from .checkpoint.untrusted import has_only_pickle, pickle_message
+from .checkpoint.upload import prepare_copy
 from .config_checks import check_types, check_values
 
 
@@ -208,12 +209,18 @@ class SoftCoTConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save `adapter_config.json`, and add to the model card how to load the adapter.
+        """Save `adapter_config.json`, and complete the model card next to it.
 
         Args:
             save_directory: Folder of the adapter. Created if it does not exist.
             **kwargs: Passed to [`~peft.PeftConfig.save_pretrained`].
         """
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        write_usage(card, self.base_model_name_or_path, self.assistant_model_name_or_path)
+        write_card(Path(save_directory))
+
+    def _upload_modified_files(  # type: ignore[override]  # passes on what it does not know
+        self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        # The last method that `push_to_hub` calls, after it has written the repository's card over the saved one.
+        prepare_copy(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

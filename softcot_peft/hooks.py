@@ -25,6 +25,7 @@ from .passes.shared_prompt import PromptSharing
 from .passes.two_pass import TwoPassTraining
 from .passes.two_pass_trial import TwoPassTrial
 from .passes.whole import WholeRows
+from .publishing import CARD, UPLOAD, BareCard, upload
 from .rows.arguments import OWN_NAMES, pop_own, tokens
 from .running import READING, RUNNING
 from .sources import ThoughtSource
@@ -52,6 +53,9 @@ class ThoughtHooks:
             *(backbone.register_forward_pre_hook(self.before_backbone) for backbone in backbones(model, layer)),
         ]
         self._wrapped_methods = [*guard(model, layer), WrappedMethod(model, "_load_pretrained_model", loading)]
+        if hasattr(model, UPLOAD):
+            self._wrapped_methods.append(WrappedMethod(model, UPLOAD, upload))
+        model.__dict__[CARD] = BareCard()
         if hasattr(model, "generate"):
             self._wrapped_methods.append(WrappedMethod(model, "generate", functools.partial(generate, self.host)))
             self._wrapped_methods.append(WrappedMethod(model, "_prepare_cache_for_generation", prepare_cache))
@@ -66,6 +70,7 @@ class ThoughtHooks:
         for method in reversed(self._wrapped_methods):
             method.remove()
         del self.model.__dict__["_call_impl"]
+        self.model.__dict__.pop(CARD, None)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, and restore the outer pass if anything is raised."""

@@ -21,6 +21,7 @@ from .compat.releases import attached_configs
 from .config import SoftCoTConfig
 from .embedding import SoftCoTLayer
 from .loading import load_checked
+from .publishing import follow_uploads
 from .rows.checks import check_adapter_names
 from .sources import BaseLM, make_source
 
@@ -203,6 +204,8 @@ class SoftCoTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # Called whenever an adapter is saved, before its config is written. Completes the config for loading it later.
+        if isinstance(model, PeftModel):
+            follow_uploads(model)
         config = cast(SoftCoTConfig, config)
         layer_of(model).source(adapter_name).complete(config)
         config.softcot_peft_version = __version__
@@ -227,6 +230,8 @@ class SoftCoTModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         layer = layer_of(model)
+        if isinstance(model, PeftModel):
+            follow_uploads(model)
         try:
             checked = check_tensors(state_dict, model, path_of(model, layer), layer.source(adapter_name))
         except ValueError:

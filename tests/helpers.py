@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softcot_peft.checkpoint.local_names import is_local, public_name
 from softcot_peft.compat.caches import CACHE_NAME, cache_length, find_cache
 from softcot_peft.compat.engines import is_whole, loaded_whole
 from softcot_peft.compat.eval_mode import evaluating
@@ -62,12 +63,14 @@ __all__ = [  # private names that tests use under these names
     "head_loss",
     "insert",
     "insert_positions",
+    "is_local",
     "is_whole",
     "loaded_whole",
     "locate",
     "positions",
     "prompt_keys",
     "prompts",
+    "public_name",
     "read_adapters",
     "read_device",
     "restore",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -98,9 +100,21 @@ def has_only_pickle(name: str, subfolder: str | None, options: Mapping[str, Any]
         file = file if subfolder is None else f"{subfolder}/{file}"
         if isinstance(try_to_load_from_cache(name, file, cache_dir=options.get("cache_dir"), **where), str):
             return True
-        return not offline and file_exists(name, file, token=options.get("token"), **where)
+        return not offline and _exists_on_hub(name, file, token=options.get("token"), **where)
 
     return not exists(SAFETENSORS_WEIGHTS_NAME) and exists(WEIGHTS_NAME)
+
+
+def _exists_on_hub(name: str, file: str, **options: Any) -> bool:
+    """Return whether a repository has a file. Asks again if the Hub is busy, which `file_exists` does not."""
+    for wait in (1, 2, 4):
+        try:
+            return file_exists(name, file, **options)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (429, 500, 502, 503, 504):
+                raise
+            time.sleep(wait)
+    return file_exists(name, file, **options)
 
 
 def pickle_message(where: str) -> str:

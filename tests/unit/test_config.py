@@ -131,25 +131,6 @@ def test_a_changed_copy_is_checked_too() -> None:
         dataclasses.replace(config, num_thought_tokens=0)
 
 
-def test_the_model_card_says_once_how_to_load_the_adapter(pair: Pair, tmp_path: Path) -> None:
-    model = pair.model()
-    for _ in range(2):
-        model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\n")  # the card's metadata stay first
-    assert card.count("import softcot_peft") == 1
-    assert f"The frozen assistant is `{pair.assistant}`" in card
-    assert f"AutoModelForCausalLM.from_pretrained({str(pair.base)!r})" in card
-
-
-def test_a_card_written_by_hand_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
-    SoftCoTConfig(**NOT_DEFAULTS).save_pretrained(str(tmp_path))
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlicense: mit\n---\n# Mine\n")
-    assert "org/assistant" in card
-
-
 def test_a_loaded_config_is_the_one_that_was_trained(pair: Pair, tmp_path: Path) -> None:
     model = pair.model(inference_num_thought_tokens=2, thought_token="<thought>")
     model.save_pretrained(tmp_path)

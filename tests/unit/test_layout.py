@@ -64,7 +64,7 @@ def test_only_helpers_reaches_into_the_package() -> None:
 
 ORDER = (  # imports point from later ones to earlier ones
     "_version", "running", "compat", "rows", "checkpoint", "registration", "config_checks", "config", "sources",
-    "embedding", "passes", "guards", "check_base", "hooks", "attached", "loading", "tuner", "precompute",
+    "embedding", "passes", "guards", "publishing", "check_base", "hooks", "attached", "loading", "tuner", "precompute",
     "analysis", "convert", "live_rows", "chat_template", "conversations", "serving",
     "__init__",
 )  # fmt: skip
