@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import peft
 import torch
 from huggingface_hub import HfApi, ModelCard
+from packaging.version import Version
 from peft import get_peft_model
 from project_files import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from softcot_peft import SoftCoTConfig
 
 OWN = "## Words of my own\n\nTrained on a rainy day.\n"
+BARE = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)  # transformers 5.24 refuses `add_adapter` before 0.22
 PROMPT = "How many legs have seven dogs?"
 
 
@@ -49,14 +53,11 @@ def card(name: str) -> str:
     return str(ModelCard.load(name, ignore_metadata_errors=True))
 
 
-def trained(model: Any, rows: list[dict[str, Any]], folder: str, name: str) -> Trainer:
+def trainer_of(model: Any, rows: list[dict[str, Any]], folder: str, name: str) -> Trainer:
     arguments = TrainingArguments(
         folder, hub_model_id=name, max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
-    trainer.train()
-    trainer.evaluate()
-    return trainer
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 
 
 def push_with_peft(found: dict[str, Any], tokenizer: Any) -> None:
@@ -80,19 +81,25 @@ def push_with_peft(found: dict[str, Any], tokenizer: Any) -> None:
 
 
 def push_with_trainer(found: dict[str, Any], tokenizer: Any, rows: list[dict[str, Any]]) -> None:
-    """`Trainer.push_to_hub`, twice, into a folder with a card by hand; and of a base without `PeftModel`."""
+    """`Trainer.push_to_hub`, twice, into a folder with a card by hand."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained("me/base"), config("me/assistant"))
     Path("out").mkdir()
     Path("out/README.md").write_text(f"---\nlicense: mit\ntags:\n- mine\n---\n# Mine\n\n{OWN}", encoding="utf-8")
-    trainer = trained(model, rows, "out", "me/trained")
+    trainer = trainer_of(model, rows, "out", "me/trained")
+    trainer.train()
+    trainer.evaluate()
     trainer.push_to_hub(dataset="questions about legs", dataset_tags="me/legs")
     found["trainer's first card"] = card("me/trained")
     trainer.push_to_hub(dataset="questions about legs", dataset_tags="me/legs")
     found["trainer's second card"] = card("me/trained")
     found["trained"] = tokens(model, tokenizer)
+
+
+def push_without_peft_model(found: dict[str, Any], tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    """A base with `add_adapter`, pushed by the Trainer and by itself."""
     base = AutoModelForCausalLM.from_pretrained("me/base")
     base.add_adapter(config("me/assistant"))
-    trained(base, rows, "bare", "me/bare-trained").push_to_hub()
+    trainer_of(base, rows, "bare", "me/bare-trained").push_to_hub()
     found["bare trainer's card"] = card("me/bare-trained")
     found["trained bare"] = tokens(base, tokenizer)
     base.push_to_hub("me/bare")
@@ -107,7 +114,7 @@ def push_local(found: dict[str, Any], root: Path, tokenizer: Any, rows: list[dic
     for name, push in {
         "local": lambda: model.push_to_hub("me/local"),
         "local config": lambda: model.peft_config["default"].push_to_hub("me/local-config"),
-        "local trainer": lambda: trained(model, rows, "local-out", "me/local-trained").push_to_hub(),
+        "local trainer": lambda: trainer_of(model, rows, "local-out", "me/local-trained").push_to_hub(),
     }.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -135,6 +142,8 @@ def main(root: Path, output: Path) -> None:
     found: dict[str, Any] = {}
     push_with_peft(found, tokenizer)
     push_with_trainer(found, tokenizer, rows)
+    if BARE:
+        push_without_peft_model(found, tokenizer, rows)
     push_local(found, root, tokenizer, rows)
     run_page(ROOT / "docs" / "sharing.md")
     output.write_text(json.dumps(found), encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hub_publish import PROMPT, order, tokens
+from hub_publish import BARE, PROMPT, order, tokens
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -68,9 +68,10 @@ def load_every_way(found: dict[str, Any], tokenizer: Any) -> None:
         "commit": lambda: adapted("me/adapter", revision=HfApi().model_info("me/adapter", revision="v1").sha),
         "pipeline": lambda: in_pipeline("me/adapter", tokenizer),
         "pushed by Trainer": lambda: adapted("me/trained"),
-        "pushed without PeftModel": lambda: adapted("me/bare"),
-        "pushed by Trainer without PeftModel": lambda: bare("me/bare-trained"),
     }
+    if BARE:
+        routes["pushed without PeftModel"] = lambda: adapted("me/bare")
+        routes["pushed by Trainer without PeftModel"] = lambda: bare("me/bare-trained")
     for name, load in routes.items():
         found[name] = tokens(load(), tokenizer)
     batch = tokenizer(PROMPT, return_tensors="pt")
