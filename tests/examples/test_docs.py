@@ -23,9 +23,9 @@ DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
-# Pages with code; those with a test of their own are left out.
+# Pages with code; those with a test of their own are left out: two below, and the guide to the Hub in test_hub.py.
 WITH_CODE = [path.stem for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text("utf-8")]
-PAGES = [page for page in WITH_CODE if page not in ("prompts", "quantized-bases")]
+PAGES = [page for page in WITH_CODE if page not in ("prompts", "quantized-bases", "sharing")]
 # What stands for the models that pages name, and for their thought token.
 STAND_INS = {
     "Qwen/Qwen2.5-1.5B-Instruct": "path/to/base",
