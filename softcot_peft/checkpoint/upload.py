@@ -6,7 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
-from .card import keep_training_draft, write_card
+from .card import hide_local_base, is_training_draft, keep_training_draft, write_card
 from .local_names import given_name_message, hide_local_names, is_given, local_names_message, read_adapter_config
 
 
@@ -54,8 +54,10 @@ def complete_after_trainer(folder: str | os.PathLike[str]) -> None:
     local folders leave its config.
     """
     root = Path(folder)
-    if read_adapter_config(root) is None or not keep_training_draft(root):
+    if not _adapters(root) or not is_training_draft(root):
         return
+    if read_adapter_config(root) is not None:
+        keep_training_draft(root)
     for message in _prepare(root, None):
         changed = f"The Trainer uploads {str(folder)!r} itself, so the config in it was changed; checkpoints were not."
         warnings.warn(f"{message} {changed}", stacklevel=4)
@@ -74,6 +76,8 @@ def _prepare(root: Path, repo_id: str | None) -> list[str]:
             f"`folder` must hold a SoftCoT adapter, got {str(root)!r} without an adapter_config.json of one. Call "
             "`save_pretrained` first."
         )
+    if root not in found:
+        hide_local_base(root)  # a card of PEFT's alone: the adapters have other names than "default"
     messages = []
     for path in found:
         local = hide_local_names(path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import is_local, public_name
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from project_files import rewrite
 from tiny_pair import Pair
 from transformers import Trainer, TrainingArguments
@@ -236,6 +236,19 @@ def test_a_folder_that_is_prepared_names_no_local_folder_and_says_what_to_set(pa
     with pytest.warns(UserWarning, match="got 'local:assistant', a name given to `use_assistant`") as caught:
         prepare_for_hub(tmp_path)  # nothing is left to hide, but nobody else can load it yet
     assert not any("local folder" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.filterwarnings("ignore:`base_model_name_or_path` must be a Hub id:UserWarning")
+def test_a_trainer_s_folder_with_an_adapter_of_another_name_names_no_folder(pair: Pair, tmp_path: Path) -> None:
+    """PEFT then saves into a subfolder, with a card of its own above it."""
+    model = get_peft_model(pair.load_base(), pair.config(), adapter_name="other")
+    trainer = trainer_of(model, pair, tmp_path)
+    trainer.save_model()
+    trainer.create_model_card()
+    root = str(pair.base.parent).encode()
+    assert root not in (tmp_path / "README.md").read_bytes()
+    assert root not in (tmp_path / "other/README.md").read_bytes()
+    assert root not in (tmp_path / "other/adapter_config.json").read_bytes()
 
 
 def test_an_assistant_that_was_given_is_a_warning(pair: Pair, tmp_path: Path) -> None:
