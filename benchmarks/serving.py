@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from precision import has_fast_bfloat16
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluation import data
 from softcot_peft import SoftCoTConfig
@@ -135,6 +135,26 @@ def reading(embedder: Embedder, tokenizer: PreTrainedTokenizerBase, questions: S
     return times
 
 
+def sizes(model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: Any) -> dict[str, float]:
+    """Return what multiplications depend on: weights of layers and head, and the mean length of a prompt."""
+
+    def layers(network: torch.nn.Module) -> int:
+        linear = (module for module in network.modules() if isinstance(module, torch.nn.Linear))
+        return sum(module.weight.numel() for module in linear)
+
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings().weight.numel()
+    assistant = AutoModel.from_pretrained(args.assistant)
+    asked = islice(data.gsm8k(args.data_dir)["train"]["question"], 64)
+    lengths = [len(tokenizer.apply_chat_template(chat(each), add_generation_prompt=True).input_ids) for each in asked]
+    return {
+        "layers": layers(base.get_decoder()),
+        "head": head,
+        "assistant": layers(assistant),
+        "prompt": mean(lengths),
+    }
+
+
 def make_adapter(args: argparse.Namespace, folder: Path) -> PeftModel:
     """Load the base, attach a new adapter, and save it."""
     torch.manual_seed(0)
@@ -173,7 +193,7 @@ def measure(server: LocalServer, model: PeftModel, embedder: Embedder, args: arg
         asked = list(islice(questions, at_once * args.rounds_of))
         order = list(systems) if number % 2 == 0 else list(reversed(systems))
         runs += [asdict(systems[name](asked, at_once)) for name in order]
-    return {"runs": runs, "reading": read}
+    return {"runs": runs, "reading": read, "sizes": sizes(model, tokenizer, args)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

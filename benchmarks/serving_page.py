@@ -36,6 +36,7 @@ def write(docs: Path) -> None:
     runs = results["runs"]
     parts = [HEAD.format(**results["settings"], environment=told(results["environment"])).rstrip()]
     parts += ["## Throughput", throughput(runs), "## Time to the first token", first_tokens(runs, results["reading"])]
+    parts += ["## What limits it", limits(results["settings"], results["sizes"])]
     parts += ["## Goals", goals(runs, results["reading"])]
     (docs / "serving-performance.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -101,6 +102,20 @@ def first_tokens(runs: Sequence[Mapping[str, Any]], reading: Sequence[float]) ->
         lines.append([str(at_once), f"{plain:.3f}", f"{ours:.3f}", f"{ours - plain:.3f}"])
     said = f"Assistant and projection read one prompt in {median(reading):.3f} s (median), with nothing else running."
     return f"{said}\n\n{rows(lines)}"
+
+
+def limits(settings: Mapping[str, Any], sizes: Mapping[str, float]) -> str:
+    """Return what the multiplications of linear layers allow."""
+    prompt, new, thoughts = sizes["prompt"], settings["new_tokens"], settings["thoughts"]
+    plain = sizes["layers"] * (prompt + new) + sizes["head"] * new
+    positions, reading = sizes["layers"] * thoughts, sizes["assistant"] * (prompt + thoughts)
+    allowed = plain / (plain + positions + reading)
+    return f"""A prompt has {prompt:.0f} tokens on average. For each answer, the multiplications of the base's linear
+layers rise by {positions / plain:.0%} for the {thoughts} positions of the thoughts, and those of the assistant add
+{reading / plain:.0%}. Where all of them take equally long, as on a CPU that batches keep busy, throughput is at most
+**{allowed:.2f}** of the base's. A larger base with the same assistant, longer answers and a smaller N raise this
+limit, and so does an assistant on a device of its own (`SOFTCOT_DEVICE`). Before the first token, the prefill of the
+prompt rises by {thoughts / prompt:.0%}, and the reading comes before it."""
 
 
 def goals(runs: Sequence[Mapping[str, Any]], reading: Sequence[float]) -> str:

@@ -310,6 +310,7 @@ def test_the_page_of_serving_compares_the_systems_of_each_round(tmp_path: Path) 
     settings |= {"rounds_of": 1, "repeats": 2}
     environment = {"libraries": {"vllm": "0.32.0"}, "accelerator": None, "processor": "p", "cores": 2, "load": 0.1}
     results = {"settings": settings, "environment": environment, "runs": runs, "reading": [0.2, 0.2]}
+    results["sizes"] = {"layers": 4.0, "head": 2.0, "assistant": 1.0, "prompt": 30.0}
     (tmp_path / "performance").mkdir()
     (tmp_path / "performance" / "serving.json").write_text(json.dumps(results))
     serving_page.write(tmp_path)
@@ -317,4 +318,5 @@ def test_the_page_of_serving_compares_the_systems_of_each_round(tmp_path: Path) 
     assert "| 16 | 2.67, 27 | 2.13, 21 | 1.33, 13 | 0.80 [0.80, 0.80] |" in page
     assert "| 1 | 0.250 | 0.350 | 0.100 |" in page
     assert "| throughput with 16 requests at once at least 0.90 of the base's | 0.80 [0.80, 0.80] | no |" in page
+    assert "throughput is at most\n**0.49** of the base's" in page  # 180 of 180 + 128 + 62
     assert "at most the reading's own (0.200 s) | 0.100 s | yes |" in page
