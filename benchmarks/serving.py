@@ -213,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("base", "assistant"):  # not the folders of this machine
         results["settings"][name] = Path(settings[name]).name if Path(settings[name]).is_dir() else settings[name]
     results["settings"]["data_dir"] = None
-    file = args.docs / "performance" / "serving.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    args.docs.mkdir(parents=True, exist_ok=True)
+    file = args.docs / "serving-performance.json"
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write(args.docs)
     print(f"Wrote {args.docs / 'serving-performance.md'}; median reading alone: {median(found['reading']):.3f} s.")

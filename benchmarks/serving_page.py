@@ -23,7 +23,7 @@ the number of requests at once. Answers have {new_tokens} tokens everywhere, in 
 questions for each client, and each system gets a question only once. Tables show the median of {repeats} rounds, in
 which the systems take turns; ratios are those of one round, with their quartiles. The adapter's projection has not
 been trained, which changes what is answered, but not how long it takes. All times are in
-[serving.json](performance/serving.json).
+[serving-performance.json](serving-performance.json).
 
 {environment}
 
@@ -31,8 +31,8 @@ been trained, which changes what is answered, but not how long it takes. All tim
 
 
 def write(docs: Path) -> None:
-    """Write the page into a folder that has `performance/serving.json`."""
-    results = json.loads((docs / "performance" / "serving.json").read_text(encoding="utf-8"))
+    """Write the page into a folder that has `serving-performance.json`."""
+    results = json.loads((docs / "serving-performance.json").read_text(encoding="utf-8"))
     runs = results["runs"]
     parts = [HEAD.format(**results["settings"], environment=told(results["environment"])).rstrip()]
     parts += ["## Throughput", throughput(runs), "## Time to the first token", first_tokens(runs, results["reading"])]

@@ -311,8 +311,7 @@ def test_the_page_of_serving_compares_the_systems_of_each_round(tmp_path: Path) 
     environment = {"libraries": {"vllm": "0.32.0"}, "accelerator": None, "processor": "p", "cores": 2, "load": 0.1}
     results = {"settings": settings, "environment": environment, "runs": runs, "reading": [0.2, 0.2]}
     results["sizes"] = {"layers": 4.0, "head": 2.0, "assistant": 1.0, "prompt": 30.0}
-    (tmp_path / "performance").mkdir()
-    (tmp_path / "performance" / "serving.json").write_text(json.dumps(results))
+    (tmp_path / "serving-performance.json").write_text(json.dumps(results))
     serving_page.write(tmp_path)
     page = (tmp_path / "serving-performance.md").read_text()
     assert "| 16 | 2.67, 27 | 2.13, 21 | 1.33, 13 | 0.80 [0.80, 0.80] |" in page
