@@ -89,8 +89,9 @@ conformance: .venv/engines  ## test all causal-LM types as bases, sharding engin
 	PYTHONPATH=tests $(PYTHON) tests/serving_environment.py .venv-serving
 	@touch $@
 
+# MODELS=FOLDER: a folder with qwen2.5-coder-0.5b and smollm2-135m, which are then tested, too.
 serving: .venv-serving/ready  ## test adapters in vLLM on CPUs, in a server and in a program; about 10 minutes on 2 cores
-	.venv-serving/bin/python -m pytest --timeout 900 tests/serving
+	$(if $(MODELS),SOFTCOT_MODELS=$(MODELS)) .venv-serving/bin/python -m pytest --timeout 900 tests/serving
 
 # MODELS=FOLDER and DATA=FOLDER as for `real`; otherwise both come from the Hub.
 bench-serving: .venv-serving/ready  ## compare adapters with their base in vLLM, and write docs/serving-performance.md
