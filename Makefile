@@ -82,7 +82,7 @@ workflows: .venv-workflows/ready  ## check workflows, dependabot.yml, issue form
 	@touch $@
 
 conformance: .venv/engines  ## test all causal-LM types as bases, sharding engines and quantized bases, and write docs/support.md
-	$(BIN)/python -m pytest tests/conformance tests/integrations/test_dtypes.py
+	$(BIN)/python -m pytest --last-run "make conformance" tests/conformance tests/integrations/test_dtypes.py
 
 # An environment of its own: vLLM pins the versions of much that is in .venv, too.
 .venv-serving/ready: pyproject.toml setup.cfg tests/serving_environment.py
@@ -91,14 +91,14 @@ conformance: .venv/engines  ## test all causal-LM types as bases, sharding engin
 
 # MODELS=FOLDER: a folder with qwen2.5-coder-0.5b and smollm2-135m, which are then tested, too.
 serving: .venv-serving/ready  ## test adapters in vLLM on CPUs, in a server and in a program; about 10 minutes on 2 cores
-	$(if $(MODELS),SOFTCOT_MODELS=$(MODELS)) .venv-serving/bin/python -m pytest --timeout 900 tests/serving
+	$(if $(MODELS),SOFTCOT_MODELS=$(MODELS)) .venv-serving/bin/python -m pytest --last-run "make serving" --timeout 900 tests/serving
 
 # MODELS=FOLDER and DATA=FOLDER as for `real`; otherwise both come from the Hub.
 bench-serving: .venv-serving/ready  ## compare adapters with their base in vLLM, and write docs/serving-performance.md
 	.venv-serving/bin/python -m benchmarks.serving $(if $(MODELS),--base $(MODELS)/qwen2.5-coder-0.5b --assistant $(MODELS)/smollm2-135m) $(if $(DATA),--data-dir $(DATA))
 
 fuzz: .venv/dev  ## compare more than 20,000 random cases, half of them in bfloat16, with the equations; less than 20 minutes on 2 cores
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/contract/test_extension_properties.py tests/unit/test_columns_and_placement.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest --last-run "make fuzz" -n $(JOBS) --timeout 0 tests/contract/test_properties.py tests/contract/test_extension_properties.py tests/unit/test_columns_and_placement.py
 
 .venv/docs: .venv/base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[examples,docs]"

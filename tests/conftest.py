@@ -9,8 +9,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import logging
 import socket
+import time
 from collections.abc import Callable
 
+import last_run
 import peft
 import pytest
 import torch
@@ -23,6 +25,7 @@ from peft import PeftModel
 from tiny_pair import Pair, make_pair
 from transformers.integrations import peft as bare_adapters
 
+BEGAN = time.time()
 torch.set_num_threads(1)  # the workers of pytest-xdist are the parallelism
 
 # The normal run draws the same cases every time; `make fuzz` draws new ones and says how to draw a failure again.
@@ -66,12 +69,18 @@ def nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_given(monkeypatch)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--last-run", metavar="TARGET", help="write the result into this row of docs/support.md")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how many random cases the tests of test_properties.py checked to their end."""
     reports = terminalreporter.getreports("passed")
     cases = sum(value for report in reports for name, value in report.user_properties if name == "cases")
     if cases:
         terminalreporter.write_line(f"{cases} random cases checked")
+    if target := config.getoption("--last-run"):
+        last_run.write(terminalreporter, target, BEGAN, cases)
 
 
 @pytest.fixture(autouse=True)
