@@ -141,7 +141,8 @@ Problems whose names neither model knows:
 
 **The contrastive term** lowers the cosine between chains in {sum(change > 0 for change in lower.values())} of
 {len(lower)} pairs of rows, by {mean(lower.values()):.3f} on average (from {min(lower.values()):.3f} to
-{max(lower.values()):.3f}).
+{max(lower.values()):.3f}). Its weight is 0.1 unless a row says another. The default of `SoftCoTConfig` is
+`contrastive_weight={SoftCoTConfig.contrastive_weight:g}`.
 """
     return Section("Beyond the paper: several chains", text)
 

@@ -18,7 +18,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "mlp": {"projection": "mlp"},
     "per position": {"projection": "per_position"},
 }
-# SoftCoT++ (arXiv 2505.11484). A single chain has nothing to be kept apart from, so it has no contrastive term.
+# SoftCoT++ (arXiv 2505.11484). A single chain has nothing to be kept apart from, so it has no contrastive term. Its
+# weight is 0.1 unless the name says another.
 CHAINS: dict[str, dict[str, Any]] = {f"K = 1, {kind}": {"chain_init": kind} for kind in ("trained", "fixed")} | {
     f"K = {number}, {kind}{'' if weight else ', no contrastive term'}": {
         "num_chains": number,
@@ -28,6 +29,10 @@ CHAINS: dict[str, dict[str, Any]] = {f"K = 1, {kind}": {"chain_init": kind} for 
     for number in NUMBERS_OF_CHAINS
     for kind in ("trained", "fixed")
     for weight in (0.1, 0.0)
+}
+CHAINS |= {
+    f"K = 4, trained, weight {weight:g}": {"num_chains": 4, "chain_init": "trained", "contrastive_weight": weight}
+    for weight in (0.01, 0.001)
 }
 VARIANTS = INITIALISATIONS | PARTS | CHAINS
 TUNED = (*INITIALISATIONS, *PARTS)  # each has a learning rate of its own; chains take SoftCoT's
