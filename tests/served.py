@@ -56,7 +56,7 @@ class Served:
     @cache  # noqa: B019
     def answer(self, name: str, ids: tuple[int, ...], new: int = NEW) -> list[int]:
         """The new tokens of `generate`, greedily."""
-        model, row = self.model("first" if name == BASE else name), torch.tensor([ids])
+        model, row = self.model(next(iter(self.adapters)) if name == BASE else name), torch.tensor([ids])
         with model.disable_adapter() if name == BASE else contextlib.nullcontext(), torch.no_grad():
             out = model.generate(
                 input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=new, do_sample=False
