@@ -38,19 +38,24 @@ def rows(bench: Bench) -> dict[str, Any]:
 
 
 def _rows_in_order(bench: Bench, order: str, chosen: Sequence[pretrained.Row]) -> dict[str, Any]:
-    """Measure the steps on one batch. Each method runs once before it is timed, and must have the first one's loss."""
+    """Measure the steps on one batch, after each has run once and all have agreed in loss and gradient."""
     pair, device, num = bench.pair, bench.pair.device, bench.size.case.thoughts
     prompts, responses = map(list, zip(*chosen, strict=True))
     batch = Batch(prompts, responses, num, device, pair.reading)
     ways = rivals.ways(pair, batch, (rivals.SOFTCOT, rivals.PLAIN_PATH, rivals.FLOOR))
-    agreed = agreement(ways)
     steps: dict[str, Callable[[], Any]] = {name: rivals.backward(*way) for name, way in ways.items()}
+    steps[rivals.SOFTCOT]()  # the package tries its two passes once
+    memory, counted = dict[str, int](), dict[str, int]()
+
+    def count(name: str, step: rivals.Step) -> torch.Tensor:
+        losses: list[torch.Tensor] = []
+        run = partial(multiplications, lambda: losses.append(step()))
+        memory[name] = peak(lambda: counted.update({name: run()}), device)
+        return losses[0]
+
+    agreed = agreement(ways, count)
     parts: list[dict[str, float]] = []
-    floor, counted = ways[rivals.FLOOR][0], dict[str, int]()
-
-    def count(name: str) -> None:
-        counted[name] = multiplications(steps[name])
-
+    floor = ways[rivals.FLOOR][0]
     again = {rivals.AGAIN: lambda: parts.append(rivals.floor_parts(pair, floor, batch))}
     predicted, head = sum(map(len, responses)), pair.base.get_output_embeddings().weight.numel()
     text = (
@@ -62,7 +67,7 @@ def _rows_in_order(bench: Bench, order: str, chosen: Sequence[pretrained.Row]) -
         "text": text,
         "agreement": agreed,
         "seconds": bench.time(steps | again, text, warmup=0),
-        "peak_bytes": {name: peak(partial(count, name), device) for name in steps},
+        "peak_bytes": memory,
         "multiplications": counted,
         "loss_multiplications": 2 * predicted * head,  # logits, and the gradient of the hidden states
         "parts": {name: [part[name] for part in parts] for name in parts[0]},
@@ -71,11 +76,14 @@ def _rows_in_order(bench: Bench, order: str, chosen: Sequence[pretrained.Row]) -
     }
 
 
-def agreement(ways: dict[str, rivals.Way]) -> dict[str, dict[str, float]]:
+def agreement(
+    ways: Mapping[str, rivals.Way], run: Callable[[str, rivals.Step], torch.Tensor] = lambda name, step: step()
+) -> dict[str, dict[str, float]]:
     """Run each step once, and return its loss and how far its gradient is from the first one's.
 
     Args:
         ways: What each method trains, and its loss.
+        run: Runs a step, given its name, and returns its loss.
 
     Returns:
         For "loss" and "gradient", a number for each method: the loss, and the norm of the difference of the gradients
@@ -86,7 +94,7 @@ def agreement(ways: dict[str, rivals.Way]) -> dict[str, dict[str, float]]:
     """
     losses, gradients = {}, {}
     for name, (module, loss) in ways.items():
-        losses[name] = rivals.backward(module, loss)().item()
+        losses[name] = run(name, rivals.backward(module, loss)).item()
         trained = [weight.grad for weight in module.parameters() if weight.requires_grad]
         gradients[name] = torch.cat([gradient.flatten().float() for gradient in trained])
     wanted, first = next(iter(losses.values())), next(iter(gradients.values()))
