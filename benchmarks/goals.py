@@ -108,7 +108,8 @@ def _rows(found: dict[str, Any]) -> Iterator[Goal]:
             ratio(times, SOFTCOT, PLAIN_PATH),
             f"the bare operations take {ratio(times, FLOOR, PLAIN_PATH).median:.2f} of one pass's time, and "
             f"{counted[FLOOR] / counted[PLAIN_PATH]:.2f} of the multiplications of its linear layers; "
-            f"{case['padding']['second_padding']:.0%} of the second pass's columns are padding",
+            f"of the second pass's columns, {case['padding']['second_padding']:.0%} are padding and "
+            f"{case['padding']['second_prompts']:.0%} prompts",
         )
         parts = ", ".join(f"{name} {share:.0%}" for name, share in profile_shares(case).items())
         yield Goal(

@@ -130,7 +130,6 @@ def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
 
 
 def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
-    tokens = found.get("tokens", found["questions"] * found["each"])
     equal = (
         f", or {found['each']} tokens each, the same number in total" if EQUAL in " ".join(found["seconds"]) else ""
     )
@@ -140,9 +139,10 @@ def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
         f'{equal}. Finished sequences are dropped from the batch (`softcot_peft.live_rows`), except for "all rows to '
         'the end".\n'
     )
-    yield "| all answers | s | tokens / s |\n| --- | --- | --- |"
-    for name, seconds in found["seconds"].items():
-        yield f"| {name} | {Spread.of(seconds)} | {tokens / median(seconds):,.1f} |"
+    yield from _times(found["seconds"], "all answers", 1)
+    if "tokens" in found:
+        rates = (f"{name} {found['tokens'] / median(times):,.1f}" for name, times in found["seconds"].items())
+        yield f"\nTokens per second, {found['tokens']} in all: {'; '.join(rates)}."
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())
     yield f"\nPeak memory per batch: {peaks}.\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +115,15 @@ def batches(rows: Sequence[Row], size: int) -> dict[str, list[Sequence[Row]]]:
 
 
 def columns(batch: Sequence[Row], num_thoughts: int) -> tuple[int, int]:
-    """Return the number of columns of both passes of a batch, over all rows."""
-    prompt, response = (max(map(len, part)) for part in zip(*batch, strict=True))
-    return len(batch) * prompt, len(batch) * (num_thoughts + response)
+    """Return the columns per row of both passes, as the package divides rows.
+
+    All rows are divided where their own response begins, or where the first one does if that is cheaper.
+    """
+    prompts, responses = ([len(ids) for ids in part] for part in zip(*batch, strict=True))
+    earliest, length = min(prompts), max(map(sum, zip(prompts, responses, strict=True)))
+    own, shared = (max(prompts), max(responses)), (earliest, length - earliest)
+    first, second = own if own[0] + 4 * own[1] <= shared[0] + 4 * shared[1] else shared
+    return first, num_thoughts + second
 
 
 def typical(batches: Sequence[Sequence[Row]]) -> Sequence[Row]:
@@ -125,13 +132,22 @@ def typical(batches: Sequence[Sequence[Row]]) -> Sequence[Row]:
 
 
 def padding(batches: Sequence[Sequence[Row]], num_thoughts: int) -> dict[str, float]:
-    """Return the columns per row of both passes, and the share of padding in them."""
-    rows = [row for batch in batches for row in batch]
-    first, second = (sum(counts) for counts in zip(*(columns(batch, num_thoughts) for batch in batches), strict=True))
-    prompts, responses = (sum(map(len, part)) for part in zip(*rows, strict=True))
+    """Return the columns per row of both passes, and the shares of padding, and of prompts in the second pass."""
+    total: Counter[str] = Counter()
+    for batch in batches:
+        first, second = columns(batch, num_thoughts)
+        prompts, responses = (sum(map(len, part)) for part in zip(*batch, strict=True))
+        early = sum(min(len(prompt), first) for prompt, _ in batch)
+        total["first"] += first * len(batch)
+        total["second"] += second * len(batch)
+        total["first_empty"] += first * len(batch) - early
+        total["second_prompts"] += prompts - early
+        total["second_empty"] += second * len(batch) - (prompts - early + responses + num_thoughts * len(batch))
+    rows = sum(map(len, batches))
     return {
-        "first_columns": first / len(rows),
-        "first_padding": 1 - prompts / first,
-        "second_columns": second / len(rows),
-        "second_padding": 1 - (responses + num_thoughts * len(rows)) / second,
+        "first_columns": total["first"] / rows,
+        "first_padding": total["first_empty"] / total["first"],
+        "second_columns": total["second"] / rows,
+        "second_padding": total["second_empty"] / total["second"],
+        "second_prompts": total["second_prompts"] / total["second"],
     }

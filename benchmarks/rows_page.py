@@ -17,13 +17,16 @@ def write_rows(found: Mapping[str, Any], path: Path) -> Iterator[str]:
     yield (
         f"The {found['rows']:,} rows of GSM8K's training file, as `examples/train_gsm8k.py` encodes them. The first "
         "pass runs the prompts forward, the second one thoughts and responses forward and backward, each padded to "
-        "the longest row. All batches:\n\n"
-        "| order | columns per row, first pass | padding in them | columns per row, second pass | padding in them |\n"
-        "| --- | --- | --- | --- | --- |"
+        "the longest row. Where it is cheaper, rows are divided at the shortest prompt of their batch, so that the "
+        "second pass has parts of prompts, too. All batches:\n\n"
+        "| order | columns per row, first pass | padding | columns per row, second pass | padding | prompts |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
     for order, share in found["padding"].items():
-        cells = (f"{share[f'{each}_columns']:.0f} | {share[f'{each}_padding']:.0%}" for each in ("first", "second"))
-        yield f"| {order} | {' | '.join(cells)} |"
+        yield (
+            f"| {order} | {share['first_columns']:.0f} | {share['first_padding']:.0%} | {share['second_columns']:.0f} "
+            f"| {share['second_padding']:.0%} | {share['second_prompts']:.0%} |"
+        )
     yield "\nTimes are those of the batch with the median number of columns.\n"
     for case in found["cases"]:
         yield from _case(case)
@@ -51,6 +54,7 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"\nParts of the floor: {parts}. Parts of SoftCoT's step: {profile}; the loss runs at {loss:,.0f} GFLOP/s, "
         f"what is neither loss nor attention at {rest:,.0f}. Padding: {padding['first_padding']:.0%} of the "
-        f"columns of the first pass, {padding['second_padding']:.0%} of the second. Losses: {losses}; gradients "
-        f"differ from {SOFTCOT}'s by at most {furthest:.1%} of its norm.\n"
+        f"columns of the first pass, {padding['second_padding']:.0%} of the second, in which prompts take another "
+        f"{padding['second_prompts']:.0%}. Losses: {losses}; gradients differ from {SOFTCOT}'s by at most "
+        f"{furthest:.1%} of its norm.\n"
     )

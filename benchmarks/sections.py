@@ -129,7 +129,8 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     asks = {name: answering.called(model) for name, model in models.items()}
     models[BARE] = twin(bench.pair.base)
     asks[BARE] = answering.bare(bench.pair, models[BARE], num)
-    each = round(sum(length for _, length in questions) / len(questions))
+    tokens = sum(length for _, length in questions)
+    each = round(tokens / len(questions))
     asked = {UNEQUAL: questions, EQUAL: [(ids, each) for ids, _ in questions]}
 
     def action(name: str, how: str, lengths: str) -> Callable[[], Any]:
@@ -148,7 +149,7 @@ def evaluation(bench: Bench) -> dict[str, Any]:
         "questions": size.questions,
         "longest": size.longest_answer,
         "each": each,
-        "tokens": sum(length for _, length in questions),
+        "tokens": tokens,
         "at_once": size.questions_at_once,
         "busy": answering.busy(questions, size.questions_at_once),
         "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3), warmup=0),

@@ -74,7 +74,7 @@ def profiled(action: Callable[[], Any], parts: Mapping[str, str], device: torch.
     for event in profiler.key_averages():
         for part, name in parts.items():
             if event.key.startswith(name):
-                own = f"{part}, backward" if event.key.endswith("backward") else part
+                own = f"{part} backward" if event.key.endswith("backward") else part
                 time = event.device_time_total if on_cuda else event.cpu_time_total
                 found[own] = found.get(own, 0.0) + time / 1e6
     return {"whole": whole, **found}
