@@ -137,7 +137,7 @@ SIZES = {
         assistant="HuggingFaceTB/SmolLM2-135M-Instruct",
         case=Case(batch=8, prompt=0, thoughts=32, response=0),
         questions=16,
-        longest_answer=48,
+        longest_answer=32,
         repeats=3,
         dtype="bfloat16",
     ),

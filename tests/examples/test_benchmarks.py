@@ -321,7 +321,7 @@ def test_a_pretrained_pair_has_one_loss_and_one_gradient_on_rows_of_a_data_set(b
 
 def test_a_pretrained_pair_answers_as_long_as_it_is_told(bench: Bench) -> None:
     questions, pair = bench.questions(5), bench.pair
-    assert [length for _, length in questions] == [min(48, len(response)) for _, response in bench.rows[:5]]
+    assert [length for _, length in questions] == [min(32, len(response)) for _, response in bench.rows[:5]]
     asks = answering.called(attach(pair, 4)), answering.bare(pair, twin(pair.base), 4)
     one, other = (answering.evaluate(ask, questions, 2, pair.device, eos=pair.eos) for ask in asks)
     assert all(map(torch.equal, one, other))
