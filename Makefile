@@ -6,7 +6,8 @@ TORCH ?= torch==2.13.0
 TORCH_LOWEST ?= $(TORCH)
 BIN := .venv/bin
 JOBS ?= 2
-# Size of the benchmarks: smoke takes seconds, small minutes, issue an hour; 7b needs an accelerator.
+# Size of the benchmarks: smoke takes seconds, small minutes, real 15 minutes, issue an hour; 7b needs an accelerator.
+# For `real`, MODELS=FOLDER and DATA=FOLDER as below; otherwise both come from the Hub.
 SIZE ?= small
 
 .PHONY: quickstart report real bench bench-serving notebooks test test-matrix conformance serving fuzz docs check style \
@@ -46,7 +47,7 @@ notebooks: .venv/notebooks  ## run the notebooks, and store them with their outp
 	$(BIN)/python examples/notebooks/execute.py
 
 bench: .venv/report  ## compare SoftCoT's time and memory with other methods, and write docs/performance.md
-	$(BIN)/python -m benchmarks --size $(SIZE)
+	$(BIN)/python -m benchmarks --size $(SIZE) $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data-dir $(DATA))
 
 test: .venv/dev  ## run the test suite, with the network off and warnings as errors
 	$(BIN)/python -m pytest -n $(JOBS)

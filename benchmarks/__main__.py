@@ -1,9 +1,10 @@
 r"""Measure the time and memory of SoftCoT and other methods, and write `docs/performance.md`; `make bench` calls it.
 
-    python -m benchmarks [--size smoke|small|issue|7b] [--device cpu|cuda] [--repeats R] [--only SECTION ...]
+    python -m benchmarks [--size smoke|small|issue|7b|real] [--device cpu|cuda] [--repeats R] [--only SECTION ...]
 
 The results of each size and device are stored next to the page, which shows all of them. With `--only`, the other
-sections of an earlier run of the same size and device are kept, each with the environment of its run.
+sections of an earlier run of the same size and device are kept, each with the environment of its run. Size `real` has
+pretrained models and rows of GSM8K, from the Hub or from the folders `--models` and `--data-dir`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.utils import logging
 from .goals import goals
 from .machine import environment, load
 from .page import write
-from .sections import FORMAT, SECTIONS, Bench
+from .sections import FORMAT, SECTIONS, Bench, sections_of
 from .sizes import SIZES
 
 ROOT = Path(__file__).parents[1]
@@ -38,16 +39,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks", description="Measure the time and memory of SoftCoT and other methods."
     )
     add = parser.add_argument
-    add("--size", choices=SIZES, default="small", help="models and batches; issue and 7b take an hour")
+    add("--size", choices=SIZES, default="small", help="models and batches; real takes 15 minutes, issue an hour")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--repeats", type=int, help="rounds per measurement; default: depends on the size")
-    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
+    add("--models", type=Path, help="size real: folder with a subfolder for each model, instead of the Hub")
+    add("--data-dir", help="size real: folder with `gsm8k/train.jsonl`, instead of the Hub")
     add("--threads", type=int, help="number of torch threads; default: torch's own")
     add("--docs", type=Path, help="folder of performance.md and its figures; runs/bench for smoke, else docs")
     args = parser.parse_args(argv)
     args.docs = args.docs or ROOT / ("runs/bench" if args.size == "smoke" else "docs")
-    if args.device == "cpu" and SIZES[args.size].cuda_only:
+    size = SIZES[args.size]
+    if args.device == "cpu" and size.cuda_only:
         parser.error(f"`--size {args.size}` needs `--device cuda`.")
+    args.only = args.only or sections_of(size)
+    if unknown := set(args.only) - set(sections_of(size)):
+        parser.error(f"`--only` must be among {', '.join(sections_of(size))} with this size, got {sorted(unknown)}.")
+    if (args.models or args.data_dir) and not size.pretrained:
+        parser.error(f"`--models` and `--data-dir` need `--size real`, got {args.size}.")
     if args.repeats is not None and args.repeats < 1:
         parser.error(f"`--repeats` must be at least 1, got {args.repeats}.")
     return args
@@ -66,13 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     # PEFT's own, in every `generate` with prompt tuning
     warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
     size = SIZES[args.size]
-    bench = Bench(size, args.device, args.repeats or size.repeats)
+    bench = Bench(size, args.device, args.repeats or size.repeats, args.models, args.data_dir)
     file = args.docs / "performance" / f"{args.size}-{args.device}.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if results.get("format") != FORMAT:
         results = {"format": FORMAT, "sections": {}}
     file.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
+    # not the folders of this machine
+    local = {str(folder) for folder in (args.models, args.data_dir) if folder is not None}
+    given = ["FOLDER" if each in local else each for each in (sys.argv[1:] if argv is None else argv)]
+    command = shlex.join(["python", "-m", "benchmarks", *given])
     results |= {"size": args.size, "device": args.device, "parameters": bench.parameters()}
     for name in tqdm([name for name in SECTIONS if name in args.only], desc=args.size, unit="section"):
         ran = environment(args.device == "cuda") | {"repeats": bench.repeats}

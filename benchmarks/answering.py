@@ -1,6 +1,6 @@
 """Generation with SoftCoT and other methods, and an evaluation with answers of different lengths.
 
-Weights are random, so the output is meaningless; a logits processor ends each answer at a given length.
+Nothing is trained, so the output is meaningless; a logits processor ends each answer at a given length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
 
 from softcot_peft.live_rows import LiveRows
 
-from .models import EOS, FIRST, PAD, UNK, Pair, attach, projection_of
+from .models import EOS, FIRST, PAD, Pair, assistant_input, attach, projection_of
 from .rivals import assistant_states
 
 # Lengths of every 116th problem of GSM8K's training file and of its solution, without calculator annotations, in
@@ -67,15 +67,16 @@ class Ends(LogitsProcessor):
     Args:
         lengths: Number of tokens of each row's answer, including EOS.
         device: Device of the scores.
+        eos: Id of EOS.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.left = torch.tensor(lengths, device=device)
+    def __init__(self, lengths: Sequence[int], device: torch.device, eos: int = EOS) -> None:
+        self.left, self.eos = torch.tensor(lengths, device=device), eos
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Allow only EOS at the end of the answer, and all other tokens before. Changes one column of the scores."""
         self.left = self.left - 1
-        scores[:, EOS] = torch.where(self.left > 0, -inf, inf)
+        scores[:, self.eos] = torch.where(self.left > 0, -inf, inf)
         return scores
 
 
@@ -112,9 +113,9 @@ def bare(pair: Pair, base: PreTrainedModel, num: int) -> Ask:
 
     @torch.no_grad()
     def ask(ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        ones = mask.new_ones(len(ids), num)
-        placed = torch.cat([mask, ones], 1)
-        hidden = assistant_states(pair, torch.cat([ids, ones * UNK], 1), placed, num)
+        prompts = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
+        hidden = assistant_states(pair, *assistant_input(pair.reading, prompts, num, ids.device), num)
+        placed = torch.cat([mask, mask.new_ones(len(ids), num)], 1)
         embedded = base.get_input_embeddings()(ids)
         thoughts = projection(hidden.float()).to(embedded)
         return base.generate(inputs_embeds=torch.cat([embedded, thoughts], 1), attention_mask=placed, **settings)
@@ -122,10 +123,12 @@ def bare(pair: Pair, base: PreTrainedModel, num: int) -> Ask:
     return ask
 
 
-def answer(ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device, **settings: Any) -> Tensor:
+def answer(
+    ask: Ask, questions: Sequence[tuple[Tensor, int]], device: torch.device, eos: int = EOS, **settings: Any
+) -> Tensor:
     """Generate greedy answers to one left-padded batch of questions."""
     ids = [ids for ids, _ in questions]
-    ends = Ends([length for _, length in questions], device)
+    ends = Ends([length for _, length in questions], device, eos)
     return ask(
         pad_sequence(ids, True, PAD, "left").to(device),
         pad_sequence([torch.ones_like(row) for row in ids], True, 0, "left").to(device),
@@ -142,6 +145,7 @@ def evaluate(
     at_once: int,
     device: torch.device,
     model: PreTrainedModel | PeftModel | None = None,
+    eos: int = EOS,
 ) -> list[Tensor]:
     """Answer all questions in batches of similar length.
 
@@ -152,12 +156,13 @@ def evaluate(
         device: Device of the models.
         model: Model from whose batches finished sequences are dropped, as in `examples/evaluate.py`; `None`: all rows
             run until the longest answer is finished.
+        eos: Id of EOS.
     """
     answers = []
     for batch in batches(questions, at_once):
         with nullcontext() if model is None else LiveRows(model) as live:
             criteria = None if live is None else StoppingCriteriaList([live])
-            answers.append(answer(ask, batch, device, stopping_criteria=criteria))
+            answers.append(answer(ask, batch, device, eos, stopping_criteria=criteria))
     return answers
 
 

@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any
 
 from . import beyond
-from .rivals import BASE, CACHED, FLOOR, NO_ASSISTANT, PLAIN, SOFTCOT
+from .rivals import AGAIN, BASE, CACHED, FLOOR, NO_ASSISTANT, PLAIN, PLAIN_PATH, SOFTCOT
+from .rows import profile_shares
 from .sections import BARE, BASE_AGAIN, BATCHED, DISABLED, EQUAL, SINGLE, UNEQUAL, WAITING
-from .timing import Spread, ratio
+from .timing import Spread, ratio, shares
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,6 @@ def goals(sections: Mapping[str, Any]) -> Iterator[Goal]:
             yield from find(sections[name]["found"])
 
 
-def shares(parts: Mapping[str, list[float]]) -> dict[str, float]:
-    """Return the share of each part in the sum of medians."""
-    medians = {name: median(times) for name, times in parts.items()}
-    return {name: time / sum(medians.values()) for name, time in medians.items()}
-
-
 def compared(case: Mapping[str, Any], name: str, to: str) -> Spread:
     """Return the ratio of two steps' times; for methods of similar speed, from the rounds with only these."""
     near = case["near_seconds"]
@@ -104,8 +99,32 @@ def _training(cases: list[dict[str, Any]]) -> Iterator[Goal]:
         )
 
 
+def _rows(found: dict[str, Any]) -> Iterator[Goal]:
+    for case in found["cases"]:
+        times, counted, text = case["seconds"], case["multiplications"], case["text"]
+        yield Goal(
+            f"training step, two passes / one pass; {text}",
+            0.50,
+            ratio(times, SOFTCOT, PLAIN_PATH),
+            f"the bare operations take {ratio(times, FLOOR, PLAIN_PATH).median:.2f} of one pass's time, and "
+            f"{counted[FLOOR] / counted[PLAIN_PATH]:.2f} of the multiplications of its linear layers; "
+            f"of the second pass's columns, {case['padding']['second_padding']:.0%} are padding and "
+            f"{case['padding']['second_prompts']:.0%} prompts",
+        )
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in profile_shares(case).items())
+        yield Goal(
+            f"training step, two passes / floor; {text}",
+            1.05,
+            ratio(times, SOFTCOT, FLOOR),
+            f"the package tokenizes the assistant's prompts, which the floor is given; parts of the package's time: "
+            f"{parts}; noise, the floor against itself: {ratio(times, AGAIN, FLOOR)}",
+        )
+
+
 def _evaluation(found: dict[str, Any]) -> Iterator[Goal]:
     times = found["seconds"]
+    if f"{SOFTCOT}, {SINGLE}, {UNEQUAL}" not in times:
+        return
     live = f"{SOFTCOT}, {BATCHED}, {UNEQUAL}"
     own = ratio(times, live, f"{BARE}, {BATCHED}, {UNEQUAL}").median
     waiting = ratio(times, live, f"{SOFTCOT}, {WAITING}, {UNEQUAL}").median
@@ -191,6 +210,7 @@ def _start(found: dict[str, Any]) -> Iterator[Goal]:
 
 FINDERS = {
     "training": _training,
+    "rows": _rows,
     "evaluation": _evaluation,
     "generation": _generation,
     "start": _start,

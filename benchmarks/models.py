@@ -1,12 +1,14 @@
-"""Pairs of models with random weights, and their batches, shared by all methods. Nothing is timed here.
+"""Pairs of models, and their batches, shared by all methods. Nothing is timed here.
 
-Time and memory do not depend on the weights' values, so nothing has to be downloaded.
+Time and memory do not depend on the weights' values. So weights are random, except in the size that measures a
+pretrained pair on rows of a data set.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from softcot_peft import SoftCoTConfig, use_assistant
 
+from .pretrained import Reading, load
 from .sizes import Case, Size
 
 PAD, EOS, UNK, FIRST = 0, 1, 2, 3  # FIRST: the first id of a word
@@ -29,29 +32,39 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Pair:
-    """A frozen base and a frozen assistant that reads the base's ids.
+    """A frozen base and a frozen assistant.
 
     Args:
-        base: Llama. Each method gets a twin, because hooks and LoRA modify the module they are attached to.
-        assistant: Llama, shared by all methods.
+        base: The base. Each method gets a twin, because hooks and LoRA modify the module they are attached to.
+        assistant: The assistant, shared by all methods.
+        reading: How the assistant reads prompts; `None`: it reads the base's ids.
     """
 
     base: PreTrainedModel
     assistant: PreTrainedModel
+    reading: Reading | None = None
 
     @property
     def device(self) -> torch.device:
         """Device of both models."""
         return self.base.device
 
+    @property
+    def eos(self) -> int:
+        """Id that ends an answer."""
+        return int(self.base.generation_config.eos_token_id)
 
-def make_pair(size: Size, device: str) -> Pair:
-    """Create both models with random weights.
+
+def make_pair(size: Size, device: str, folder: Path | None = None) -> Pair:
+    """Create both models with random weights, or load them.
 
     Args:
-        size: Shapes of the models.
+        size: Shapes or names of the models.
         device: Device of the models.
+        folder: Folder of pretrained models; `None`: the Hub.
     """
+    if size.pretrained:
+        return Pair(*load(size, device, folder))
     torch.manual_seed(0)
     models = []
     for fields in (size.base, size.assistant):
@@ -93,9 +106,8 @@ def config_of(assistant: str, num_thoughts: int, **fields: Any) -> SoftCoTConfig
     return SoftCoTConfig(
         task_type="CAUSAL_LM",
         assistant_model_name_or_path=assistant,
-        assistant_shares_tokenizer=True,
         num_thought_tokens=num_thoughts,
-        **fields,
+        **{"assistant_shares_tokenizer": True, **fields},
     )
 
 
@@ -107,7 +119,11 @@ def attach(pair: Pair, num_thoughts: int, **fields: Any) -> PeftModel:
         num_thoughts: N.
         **fields: Other fields of [`SoftCoTConfig`].
     """
-    name = use_assistant(pair.assistant, make_tokenizer(pair.assistant.config.vocab_size), name="benchmark")
+    if pair.reading is None:
+        tokenizer = make_tokenizer(pair.assistant.config.vocab_size)
+    else:
+        tokenizer, fields = pair.reading.assistant_tokenizer, pair.reading.fields | fields
+    name = use_assistant(pair.assistant, tokenizer, name="benchmark")
     torch.manual_seed(0)  # always the same projection
     return get_peft_model(twin(pair.base), config_of(name, num_thoughts, **fields)).eval()
 
@@ -119,6 +135,26 @@ def projection_of(model: PeftModel) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     layer.load_state_dict(state)
     return layer
+
+
+def assistant_input(
+    reading: Reading | None, prompts: list[Tensor], num_thoughts: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what the assistant reads, left-padded and with N thought tokens at the end, and its mask: `(B, P' + N)`.
+
+    Args:
+        reading: How the assistant reads prompts; `None`: it reads the base's ids.
+        prompts: Ids of each prompt.
+        num_thoughts: N.
+        device: Device of the tensors.
+    """
+    texts, token = (prompts, UNK) if reading is None else (reading.ids(prompts, num_thoughts), reading.thought_id)
+    rows = [torch.cat([ids, ids.new_full((num_thoughts,), token)]) for ids in texts]
+    padded = (
+        pad_sequence(rows, True, PAD, "left"),
+        pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
+    )
+    return padded[0].to(device), padded[1].to(device)
 
 
 def lengths(longest: int, rows: int, ragged: bool) -> list[int]:
@@ -137,12 +173,14 @@ class Batch:
         responses: Ids of each response.
         num_thoughts: N.
         device: Device of the tensors.
+        reading: How the assistant reads prompts; `None`: it reads the base's ids.
     """
 
     prompts: list[Tensor]
     responses: list[Tensor]
     num_thoughts: int
     device: torch.device
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.prompts, self.responses, strict=True))
@@ -162,11 +200,12 @@ class Batch:
         )
         thoughts = [torch.cat([p * 0, filler * 0 + 1, r * 0]) for p, r in pairs]
         self.is_thought = self._pad(thoughts, 0).bool()
-        # Left-padded prompts (B, P), the assistant's input (B, P + N), and the responses (B, R).
+        # Left-padded prompts (B, P), the assistant's input (B, P' + N), and the responses (B, R).
         self.prompt = self._pad(self.prompts, PAD, "left")
         self.prompt_mask = self._pad([torch.ones_like(p) for p in self.prompts], 0, "left")
-        self.assistant_ids = torch.cat([self.prompt, filler.to(self.device).expand(len(pairs), -1)], 1)
-        self.assistant_mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(len(pairs), len(filler))], 1)
+        self.assistant_ids, self.assistant_mask = assistant_input(
+            self.reading, self.prompts, self.num_thoughts, self.device
+        )
         self.response = self._pad(self.responses, PAD)
         self.response_labels = self._pad(self.responses, IGNORED)
 

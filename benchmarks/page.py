@@ -14,11 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from results.figures import Draw, looks, save
 
 from . import arithmetic, beyond
-from .goals import compared, goals, shares
+from .goals import compared, goals
 from .rivals import AGAIN, FLOOR, PLAIN, WHAT
-from .sections import FORMAT
+from .rows_page import write_rows
+from .sections import EQUAL, FORMAT
 from .sizes import SIZES
-from .timing import Spread, ratio
+from .timing import Spread, ratio, shares
 
 HEAD = """# Performance
 
@@ -28,8 +29,9 @@ Methods are compared within one process. After a warm-up, every round runs all o
 computed from the two times of one round; tables show the median and, in brackets, the quartiles. Times cover forward
 and backward, without the optimizer, which is the same for all methods. Memory is the peak above the loaded weights: on
 a CPU the bytes of all live tensors, on CUDA the allocator's statistics. Multiplications are those of linear layers,
-forward and backward, without attention. Weights are random and shared by all methods; nothing is downloaded. The JSON
-file of each run, in the folder `performance` next to this page, has all measured times.
+forward and backward, without attention. Weights are shared by all methods. They are random, and nothing is downloaded,
+except for the pretrained models of size `real`. The JSON file of each run, in the folder `performance` next to this
+page, has all measured times.
 
 Methods compared in a training step:
 
@@ -39,7 +41,8 @@ The goals were set for rows and answers of equal length. Those of unequal length
 
 SoftCoT, plain SoftCoT and the floor have the same loss and the same gradient, as `tests/examples/test_benchmarks.py`
 checks.
-For larger models, run `make bench SIZE=issue`, or `SIZE=7b` with an accelerator.
+For larger models, run `make bench SIZE=issue`, or `SIZE=7b` with an accelerator; for a pretrained pair,
+`make bench SIZE=real`.
 
 ## Theoretical limits
 
@@ -81,7 +84,10 @@ def write(docs: Path) -> None:
 def _run(results: Mapping[str, Any], figures: Path) -> Iterator[str]:
     sections, name = results["sections"], f"{results['size']}-{results['device']}"
     sizes = " and ".join(f"{count / 1e6:,.1f} M parameters ({what})" for what, count in results["parameters"].items())
-    yield f"## Size `{results['size']}` on {results['device'].upper()}\n\n{sizes}, {SIZES[results['size']].dtype}.\n"
+    size = SIZES[results["size"]]
+    yield f"## Size `{results['size']}` on {results['device'].upper()}\n\n{sizes}, {size.dtype}.\n"
+    if size.pretrained:
+        yield f"Base: {size.base}. Assistant: {size.assistant}, which has another tokenizer.\n"
     yield "| comparison | goal | measured | met | limiting factor |\n| --- | --- | --- | --- | --- |"
     yield "\n".join(goal.row() for goal in goals(sections)) + "\n"
     for section, write_section in WRITERS.items():
@@ -124,13 +130,19 @@ def _training(cases: list[dict[str, Any]], path: Path) -> Iterator[str]:
 
 
 def _evaluation(found: dict[str, Any], path: Path) -> Iterator[str]:
+    equal = (
+        f", or {found['each']} tokens each, the same number in total" if EQUAL in " ".join(found["seconds"]) else ""
+    )
     yield (
         f"{found['questions']} prompts with the lengths of GSM8K's questions, in batches of {found['at_once']} "
-        f"prompts of similar length. Greedy answers have the lengths of GSM8K's, up to {found['longest']} tokens, or "
-        f"{found['each']} tokens each, the same number in total. Finished sequences are dropped from the batch "
-        '(`softcot_peft.live_rows`), except for "all rows to the end".\n'
+        f"prompts of similar length. Greedy answers have the lengths of GSM8K's, up to {found['longest']} tokens"
+        f'{equal}. Finished sequences are dropped from the batch (`softcot_peft.live_rows`), except for "all rows to '
+        'the end".\n'
     )
     yield from _times(found["seconds"], "all answers", 1)
+    if "tokens" in found:
+        rates = (f"{name} {found['tokens'] / median(times):,.1f}" for name, times in found["seconds"].items())
+        yield f"\nTokens per second, {found['tokens']} in all: {'; '.join(rates)}."
     peaks = ", ".join(f"{name} {peak / 1e6:,.1f} MB" for name, peak in found["peak_bytes"].items())
     yield f"\nPeak memory per batch: {peaks}.\n"
 
@@ -218,6 +230,7 @@ def _spread(found: float | list[float], scale: float) -> Spread:
 
 WRITERS = {
     "training": _training,
+    "rows": write_rows,
     "growth": _growth,
     "evaluation": _evaluation,
     "generation": _generation,

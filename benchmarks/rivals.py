@@ -26,6 +26,7 @@ from softcot_peft.compat.caches import CACHE_NAME
 from .models import IGNORED, Batch, M, Pair, attach, projection_of, twin
 
 Step = Callable[[], Tensor]
+Way = tuple[nn.Module, Step]  # what is trained, and its loss
 Mark = Callable[[str], None]
 
 SOFTCOT, PLAIN, FLOOR, AGAIN = "SoftCoT", "plain SoftCoT", "floor", "floor again"
@@ -138,7 +139,12 @@ def backward(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 
 def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict[str, Step]:
-    """Return the steps of all methods on one batch, each with its own modules around shared weights.
+    """Return the steps of all methods on one batch; arguments as those of `ways`."""
+    return {name: backward(*way) for name, way in ways(pair, batch, only).items()}
+
+
+def ways(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict[str, Way]:
+    """Return what each method trains, and its loss on one batch, each with its own modules around shared weights.
 
     Args:
         pair: The models.
@@ -146,7 +152,7 @@ def steps(pair: Pair, batch: Batch, only: tuple[str, ...] | None = None) -> dict
         only: Names of the methods; `None`: all.
     """
     num, projection = batch.num_thoughts, projection_of(attach(pair, batch.num_thoughts))
-    makers: dict[str, Callable[[], Step]] = {
+    makers: dict[str, Callable[[], Way]] = {
         SOFTCOT: lambda: _called(attach(pair, num), batch),
         PLAIN: lambda: _plain(pair, projection, batch),
         FLOOR: lambda: _floor(pair, projection, batch),
@@ -183,28 +189,28 @@ def cached(model: PeftModel, batch: Batch) -> PeftModel:
     return model
 
 
-def _called(model: nn.Module, batch: Batch) -> Step:
+def _called(model: nn.Module, batch: Batch) -> Way:
     model = training(model)
-    return backward(model, lambda: model(**batch.rows).loss)
+    return model, lambda: model(**batch.rows).loss
 
 
-def _plain(pair: Pair, projection: nn.Linear, batch: Batch) -> Step:
+def _plain(pair: Pair, projection: nn.Linear, batch: Batch) -> Way:
     base = training(twin(pair.base))
-    return backward(projection, lambda: plain_loss(pair, base, projection, batch))
+    return projection, lambda: plain_loss(pair, base, projection, batch)
 
 
-def _floor(pair: Pair, projection: nn.Linear, batch: Batch, hidden: Tensor | None = None) -> Step:
-    return backward(projection, lambda: floor_loss(pair, projection, batch, hidden))
+def _floor(pair: Pair, projection: nn.Linear, batch: Batch, hidden: Tensor | None = None) -> Way:
+    return projection, lambda: floor_loss(pair, projection, batch, hidden)
 
 
-def _base(pair: Pair, batch: Batch) -> Step:
+def _base(pair: Pair, batch: Batch) -> Way:
     base = training(twin(pair.base))
 
     def loss() -> Tensor:
         embeddings = base.get_input_embeddings()(batch.rows["input_ids"]).requires_grad_()
         return base(inputs_embeds=embeddings, **{name: batch.rows[name] for name in ("attention_mask", "labels")}).loss
 
-    return backward(base, loss)
+    return base, loss
 
 
 def training(model: M) -> M:

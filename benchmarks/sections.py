@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import answering, beyond, rivals, starting
+from . import answering, beyond, pretrained, rivals, starting
 from .memory import peak
 from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, twin
+from .rows import rows
 from .sizes import Case, Size
 from .timing import interleave, multiplications, own
 
@@ -30,16 +32,33 @@ class Bench:
         size: Models and batches.
         device: Device of the models.
         repeats: Rounds per measurement.
+        models: Folder of pretrained models; `None`: the Hub.
+        data_dir: Folder of the data that pretrained models read; `None`: the Hub.
     """
 
     size: Size
     device: str
     repeats: int
+    models: Path | None = None
+    data_dir: str | None = None
 
     @cached_property
     def pair(self) -> Pair:
-        """The models, created on first use."""
-        return make_pair(self.size, self.device)
+        """The models, created or loaded on first use."""
+        return make_pair(self.size, self.device, self.models)
+
+    @cached_property
+    def rows(self) -> list[pretrained.Row]:
+        """Rows of a data set, for pretrained models."""
+        args = pretrained.script_args(self.size, self.models, self.data_dir)
+        return pretrained.load_rows(self.pair.reading.tokenizer, args)
+
+    def questions(self, number: int) -> list[tuple[torch.Tensor, int]]:
+        """Return prompts and the lengths of their answers: those of rows, or random ones with the lengths of GSM8K."""
+        longest = self.size.longest_answer
+        if self.size.pretrained:
+            return [(prompt, min(longest, len(response))) for prompt, response in self.rows[:number]]
+        return answering.make_questions(number, longest, self.size.vocabulary)
 
     def parameters(self) -> dict[str, int]:
         """Return the number of parameters of each model."""
@@ -99,42 +118,43 @@ def growth(bench: Bench) -> dict[str, list[dict[str, Any]]]:
 def evaluation(bench: Bench) -> dict[str, Any]:
     """Measure the seconds to answer all questions in batches and one at a time, and peak bytes of the longest batch.
 
-    Answers have either the lengths of GSM8K's, or equal lengths with the same total.
+    Answers have either the lengths of GSM8K's, or equal lengths with the same total. Pretrained models take minutes
+    for each way to answer, and have the most important ones only.
     """
-    size, device, num = bench.size, bench.pair.device, bench.size.case.thoughts
-    questions = answering.make_questions(size.questions, size.longest_answer, size.vocabulary)
-    models = {
-        rivals.SOFTCOT: attach(bench.pair, num),
-        rivals.BASE: twin(bench.pair.base),
-        rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num),
-        rivals.LORA: rivals.lora(bench.pair),
-    }
+    size, device, num, eos = bench.size, bench.pair.device, bench.size.case.thoughts, bench.pair.eos
+    questions = bench.questions(size.questions)
+    models = {rivals.SOFTCOT: attach(bench.pair, num), rivals.BASE: twin(bench.pair.base)}
+    if not size.pretrained:
+        models |= {rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num), rivals.LORA: rivals.lora(bench.pair)}
     asks = {name: answering.called(model) for name, model in models.items()}
     models[BARE] = twin(bench.pair.base)
     asks[BARE] = answering.bare(bench.pair, models[BARE], num)
-    each = round(sum(length for _, length in questions) / len(questions))
+    tokens = sum(length for _, length in questions)
+    each = round(tokens / len(questions))
     asked = {UNEQUAL: questions, EQUAL: [(ids, each) for ids, _ in questions]}
 
     def action(name: str, how: str, lengths: str) -> Callable[[], Any]:
         rows, live = 1 if how == SINGLE else size.questions_at_once, models[name] if how == BATCHED else None
-        return partial(answering.evaluate, asks[name], asked[lengths], rows, device, live)
+        return partial(answering.evaluate, asks[name], asked[lengths], rows, device, live, eos)
 
     wanted = [(name, BATCHED, UNEQUAL) for name in asks]
-    wanted += [(rivals.SOFTCOT, how, EQUAL) for how in (BATCHED, SINGLE)]
-    wanted += [(rivals.SOFTCOT, how, UNEQUAL) for how in (WAITING, SINGLE)]
+    if not size.pretrained:
+        wanted += [(rivals.SOFTCOT, how, EQUAL) for how in (BATCHED, SINGLE)]
+        wanted += [(rivals.SOFTCOT, how, UNEQUAL) for how in (WAITING, SINGLE)]
     actions = {", ".join(parts): action(*parts) for parts in wanted}
     longest = sorted(questions, key=lambda question: len(question[0]))[-size.questions_at_once :]
-    for ask in asks.values():
-        answering.answer(ask, longest, device)  # warm-up; a whole round would take too long
+    for ask in asks.values():  # warm-up; a whole round would take too long
+        answering.answer(ask, [(ids, 2) for ids, _ in longest] if size.pretrained else longest, device, eos)
     return {
         "questions": size.questions,
         "longest": size.longest_answer,
         "each": each,
+        "tokens": tokens,
         "at_once": size.questions_at_once,
         "busy": answering.busy(questions, size.questions_at_once),
         "seconds": bench.time(actions, "evaluation", repeats=max(2, bench.repeats // 3), warmup=0),
         "peak_bytes": {
-            name: peak(partial(answering.answer, ask, longest, device), device) for name, ask in asks.items()
+            name: peak(partial(answering.answer, ask, longest, device, eos), device) for name, ask in asks.items()
         },
     }
 
@@ -218,7 +238,13 @@ SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "start": start,
     "generation": generation,
     "training": training,
+    "rows": rows,
     "evaluation": evaluation,
     "growth": growth,
     "extensions": extensions,
 }
+
+
+def sections_of(size: Size) -> list[str]:
+    """Return the names of the sections that a size can measure."""
+    return [name for name in SECTIONS if (name in ("rows", "evaluation") if size.pretrained else name != "rows")]

@@ -34,10 +34,10 @@ class Size:
     """Models and batches of one run.
 
     Args:
-        base: Fields of the base's Llama config.
-        assistant: Fields of the assistant's Llama config.
-        vocabulary: Vocabulary size of both models.
-        case: The training batch.
+        base: Fields of the base's Llama config, or the Hub id of a pretrained base.
+        assistant: Fields of the assistant's Llama config, or the Hub id of a pretrained assistant.
+        case: The training batch. Lengths are those of the rows if the models are pretrained.
+        vocabulary: Vocabulary size of both models; of random models only, as `grow` and `processes`.
         grow: Numbers of thoughts, prompt lengths and batch sizes to measure, each varied alone.
         questions: Number of prompts of the evaluation.
         questions_at_once: Rows per batch of the evaluation.
@@ -48,11 +48,11 @@ class Size:
         cuda_only: Whether the size is too large for a CPU.
     """
 
-    base: dict[str, Any]
-    assistant: dict[str, Any]
-    vocabulary: int
+    base: dict[str, Any] | str
+    assistant: dict[str, Any] | str
     case: Case
-    grow: dict[str, tuple[int, ...]]
+    vocabulary: int = 0
+    grow: dict[str, tuple[int, ...]] = field(default_factory=dict)
     questions: int = 64
     questions_at_once: int = 16
     longest_answer: int = 256
@@ -66,6 +66,11 @@ class Size:
         case = self.case
         twice = replace(case, prompt=2 * case.prompt)
         object.__setattr__(self, "cases", (case, twice, replace(case, ragged=True)))
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the models are pretrained, and read rows of a data set."""
+        return isinstance(self.base, str)
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -125,5 +130,15 @@ SIZES = {
         processes=21,
         dtype="bfloat16",
         cuda_only=True,
+    ),
+    # pretrained models with different tokenizers, and rows of GSM8K; 15 minutes
+    "real": Size(
+        base="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        assistant="HuggingFaceTB/SmolLM2-135M-Instruct",
+        case=Case(batch=8, prompt=0, thoughts=32, response=0),
+        questions=16,
+        longest_answer=32,
+        repeats=3,
+        dtype="bfloat16",
     ),
 }

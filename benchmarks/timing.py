@@ -10,6 +10,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import flop_registry
@@ -58,6 +59,27 @@ def interleave(
     return {name: found[warmup:] for name, found in times.items()}
 
 
+def profiled(action: Callable[[], Any], parts: Mapping[str, str], device: torch.device) -> dict[str, float]:
+    """Return the seconds of an action, and of the operations in it whose names begin as given.
+
+    Args:
+        action: Action to time.
+        parts: Beginning of the names, by part. Backward passes that have a name of their own are parts of their own.
+        device: Device of the models.
+    """
+    on_cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiler:
+        whole = seconds(action)
+    found = dict.fromkeys(parts, 0.0)
+    for event in profiler.key_averages():
+        for part, name in parts.items():
+            if event.key.startswith(name):
+                own = f"{part} backward" if event.key.endswith("backward") else part
+                time = event.device_time_total if on_cuda else event.cpu_time_total
+                found[own] = found.get(own, 0.0) + time / 1e6
+    return {"whole": whole, **found}
+
+
 class _Counting(TorchDispatchMode):
     """Counts multiplications of matrix products; `FlopCounterMode` would read every output."""
 
@@ -104,3 +126,9 @@ class Spread:
 def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
     """Return the spread of the ratios of two methods, each from one round."""
     return Spread.of([one / other for one, other in zip(times[name], times[to], strict=True)])
+
+
+def shares(parts: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the share of each part in the sum of medians."""
+    medians = {name: median(times) for name, times in parts.items()}
+    return {name: time / sum(medians.values()) for name, time in medians.items()}

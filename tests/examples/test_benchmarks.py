@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from small_data import DATA, needs_data
+from tiny_pair import make_pair as folders
 from torch import Tensor
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 from benchmarks import __main__ as command
-from benchmarks import answering, arithmetic, beyond, rivals, serving_page, starting
+from benchmarks import answering, arithmetic, beyond, pretrained, rivals, rows, serving_page, starting
 from benchmarks.goals import Goal, compared, goals
 from benchmarks.models import EOS, Batch, Pair, attach, lengths, make_batch, make_pair, projection_of, twin
+from benchmarks.sections import Bench
 from benchmarks.sizes import SIZES, Case
-from benchmarks.timing import Spread, interleave, multiplications, ratio
+from benchmarks.timing import Spread, interleave, multiplications, profiled, ratio
 
 pytestmark = pytest.mark.usefixtures("nothing_given")
 
@@ -274,9 +277,121 @@ def test_the_smallest_run_writes_results_page_and_figures(tmp_path: Path, capsys
     assert len(again["generation"]["found"]["generate"][rivals.SOFTCOT]) == 2
 
 
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pair as the pretrained one, and rows of a data set."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tiny = folders(folder / "tiny")
+    shutil.copytree(tiny.base, folder / "models" / "qwen2.5-coder-0.5b")
+    shutil.copytree(tiny.chat_assistant, folder / "models" / "smollm2-135m")
+    (folder / "data" / "gsm8k").mkdir(parents=True)
+    problems = [
+        {
+            "question": f"Tom has {n * n} apples{' and buys more' * (n % 4)}?",
+            "answer": f"{'1 ' * (7 * n % 50)}#### {n}",
+        }
+        for n in range(25)
+    ]
+    text = "\n".join(map(json.dumps, problems)) + "\n"
+    (folder / "data" / "gsm8k" / "train.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(local: Path) -> Bench:
+    """The pretrained size with the tiny pair, in float32."""
+    size = replace(SIZES["real"], dtype="float32", case=replace(SIZES["real"].case, batch=3, thoughts=4))
+    return Bench(size, "cpu", 1, local / "models", str(local / "data"))
+
+
+def test_a_pretrained_pair_has_one_loss_and_one_gradient_on_rows_of_a_data_set(bench: Bench) -> None:
+    prompts, responses = map(list, zip(*bench.rows[:3], strict=True))
+    batch = Batch(prompts, responses, 4, bench.pair.device, bench.pair.reading)
+    assert not torch.equal(batch.assistant_ids[:, : batch.prompt.shape[1]], batch.prompt)  # another tokenizer
+    ways = rivals.ways(bench.pair, batch, (rivals.SOFTCOT, rivals.PLAIN_PATH, rivals.PLAIN, rivals.FLOOR))
+    found = rows.agreement(ways)
+    assert list(found["loss"].values()) == pytest.approx([found["loss"][rivals.SOFTCOT]] * 4, abs=1e-5)
+    assert max(found["gradient"].values()) < 1e-4
+    trained, _ = ways[rivals.FLOOR]
+    with torch.no_grad():
+        next(trained.parameters()).add_(0.1)
+    with pytest.raises(RuntimeError, match="one loss and one gradient"):
+        rows.agreement(ways)
+
+
+def test_a_pretrained_pair_answers_as_long_as_it_is_told(bench: Bench) -> None:
+    questions, pair = bench.questions(5), bench.pair
+    assert [length for _, length in questions] == [min(32, len(response)) for _, response in bench.rows[:5]]
+    asks = answering.called(attach(pair, 4)), answering.bare(pair, twin(pair.base), 4)
+    one, other = (answering.evaluate(ask, questions, 2, pair.device, eos=pair.eos) for ask in asks)
+    assert all(map(torch.equal, one, other))
+    ends = [int((row == pair.eos).nonzero()[0, 0]) + 1 for batch in one for row in batch]
+    assert sorted(ends) == sorted(length for _, length in questions)
+
+
+def test_orders_differ_in_padding_alone(bench: Bench) -> None:
+    grouped = pretrained.batches(bench.rows, 3)
+    assert {len(batches) for batches in grouped.values()} == {8}
+    found = {order: pretrained.padding(batches, 4) for order, batches in grouped.items()}
+    assert found[pretrained.RESPONSES]["second_padding"] < found[pretrained.RANDOM]["second_padding"]
+    one, two = (torch.zeros(3), torch.zeros(2)), (torch.zeros(9), torch.zeros(5))  # prompts and responses
+    assert pretrained.columns([one, two], 4) == (9, 9)
+    assert pretrained.padding([[one, two]], 4) == {
+        "first_columns": 9,
+        "first_padding": 6 / 18,
+        "second_columns": 9,
+        "second_padding": 3 / 18,
+        "second_prompts": 0,
+    }
+    assert pretrained.typical([[two], [one], [one, two]]) == [two]
+    alike = [(torch.zeros(9), torch.zeros(1)), (torch.zeros(8), torch.zeros(2))]  # divided at the earlier response
+    assert pretrained.columns(alike, 4) == (8, 6)
+    found = pretrained.padding([alike], 4)
+    assert (found["second_padding"], found["second_prompts"]) == (0, 1 / 12)
+
+
+def test_a_profile_has_the_time_of_attention_and_of_a_backward_pass() -> None:
+    rows = torch.ones(1, 2, 64, 8, requires_grad=True)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    found = profiled(
+        lambda: attention(rows, rows, rows).sum().backward(), {"a": "aten::_scaled_dot_product"}, rows.device
+    )
+    assert set(found) == {"whole", "a", "a backward"}
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["a"] + found["a backward"] < found["whole"]
+
+
+def test_a_run_with_a_pretrained_pair_writes_a_section_of_its_own(
+    local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--models", str(local / "models"), "--data-dir", str(local / "data")]
+    command.main(["--size", "real", "--device", "cpu", "--docs", str(tmp_path), "--repeats", "1", *folders])
+    text = (tmp_path / "performance" / "real-cpu.json").read_text(encoding="utf-8")
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert str(local) not in text + page
+    sections = json.loads(text)["sections"]
+    assert list(sections) == ["rows", "evaluation"]
+    assert [goal.limit for goal in goals(sections)] == [0.5, 1.05] * 2
+    assert "## Size `real` on CPU" in page
+    assert "--size real" in page
+    assert "--models FOLDER --data-dir FOLDER" in page
+    for goal in goals(sections):
+        assert goal.row() in page
+    for case in sections["rows"]["found"]["cases"]:
+        assert case["profile"]["loss"] > 0
+        assert case["profile"]["attention backward"] > 0
+        assert 0 < case["multiplications"][rivals.FLOOR] < case["multiplications"][rivals.PLAIN_PATH]
+        assert set(case["agreement"]["gradient"]) == {rivals.SOFTCOT, rivals.PLAIN_PATH, rivals.FLOOR}
+    assert "Tokens per second" in page
+    assert "one at a time" not in page[page.index("## Size `real`") :]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--size", "real", "--only", "growth"], "`--only` must be among rows, evaluation"),
+        (["--size", "smoke", "--only", "rows"], r"got ['rows']"),
+        (["--size", "smoke", "--models", "models"], "need `--size real`, got smoke"),
         (["--size", "7b", "--device", "cpu"], "needs `--device cuda`"),
         (["--repeats", "0"], "must be at least 1, got 0"),
     ],
