@@ -220,12 +220,10 @@ class SameBatches(TrainerCallback):
         torch.manual_seed(args.seed + int(state.epoch or 0))
 
 
-def make_trainer(
-    model: PeftModel, tokenizer: Tokenizer, rows: list[Example], validation: list[Example], args: Namespace
-) -> Trainer:
-    """Return the plain `Trainer`. With validation rows it keeps the weights with the lowest validation loss."""
-    watching = {"eval_strategy": "steps", "eval_steps": 0.1, "load_best_model_at_end": True} if validation else {}
-    options = TrainingArguments(
+def training_options(args: Namespace) -> TrainingArguments:
+    """Return the options of `Trainer`. With validation rows, it keeps the weights with the lowest validation loss."""
+    watching = {"eval_strategy": "steps", "eval_steps": 0.1, "load_best_model_at_end": True}
+    return TrainingArguments(
         output_dir=args.output_dir,
         learning_rate=args.learning_rate,
         warmup_steps=args.warmup,
@@ -243,39 +241,33 @@ def make_trainer(
         save_total_limit=2,  # the best and the last
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
-        **watching,
-    )
-    callbacks = [SameBatches(), *([EarlyStoppingCallback(args.patience)] if args.patience is not None else [])]
-    return Trainer(
-        model,
-        options,
-        DataCollatorForSeq2Seq(tokenizer),
-        train_dataset=rows,
-        eval_dataset=validation or None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
+        **(watching if args.validation_samples else {}),
     )
 
 
-def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
+def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> Trainer:
     """Train with the plain `Trainer`, and save the final weights, the tokenizer and a plot of the losses."""
+    options, parts = training_options(args), split_rows(args)
     checkpoint = last_whole_checkpoint(args.output_dir) if args.resume else None
-    parts = split_rows(args)
     if args.own_rationales:
-        model.to(PartialState().device)
+        model.to(options.device)
         parts = {part: own_rationales(part, found, model, tokenizer, args, solve_all) for part, found in parts.items()}
     rows, validation = (encode_rows(part, found, tokenizer, args) for part, found in parts.items())
-    trainer = make_trainer(model, tokenizer, rows, validation, args)
+    collator, callbacks = DataCollatorForSeq2Seq(tokenizer), [SameBatches()]
+    if args.patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.patience))
+    trainer = Trainer(model, options, collator, rows, validation or None, tokenizer, callbacks=callbacks)
     if args.cache_thoughts:
         cache_thoughts(model, rows + validation, args)
-    before = training_loss(model, trainer.data_collator, rows[:64])
+    before = training_loss(model, collator, rows[:64])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    after = training_loss(model, trainer.data_collator, rows[:64])
+    after = training_loss(model, collator, rows[:64])
     trainer.accelerator.print(f"Loss on the same training rows: {before:.3f} at the start, {after:.3f} at the end")
     use_thoughts(model, None)
     if trainer.is_world_process_zero():
         save_loss_plot(trainer.state.log_history, Path(args.output_dir, "loss.png"))
+    return trainer
 
 
 def cache_thoughts(model: PeftModel, rows: list[Example], args: Namespace) -> None:

@@ -454,8 +454,7 @@ class Run:
 
 def run_training(*argv: str) -> Run:
     """Train a base that gives the right answer in its own words, if the answer is an odd number."""
-    trainers, sampled, printed = [], [], []
-    make_trainer = gsm8k.make_trainer
+    sampled, printed = [], []
 
     def solve(
         model: Any, tokenizer: Any, rows: list[dict[str, str]], num: int, seed: int, **options: Any
@@ -469,14 +468,13 @@ def run_training(*argv: str) -> Run:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gsm8k, "solve", solve)
-        patch.setattr(gsm8k, "make_trainer", lambda *given: trainers.append(make_trainer(*given)) or trainers[-1])
         patch.setattr("builtins.print", lambda *texts, **options: printed.append(" ".join(map(str, texts))))
         args = gsm8k.parse_args(list(argv))
         gsm8k.set_seed(args.seed)
         config = gsm8k.make_config(args)
         tokenizer = gsm8k.load_tokenizer(args, config)
-        gsm8k.train(get_peft_model(gsm8k.load_base(args, tokenizer), config), tokenizer, args)
-    return Run(args, "\n".join(printed), trainers[0], sampled)
+        trainer = gsm8k.train(get_peft_model(gsm8k.load_base(args, tokenizer), config), tokenizer, args)
+    return Run(args, "\n".join(printed), trainer, sampled)
 
 
 OWN_OPTIONS = ("--own-rationales", "--rationale-samples", "2", "--validation-samples", "10", "--cache-thoughts")
@@ -576,10 +574,11 @@ def test_a_cut_solution_is_empty_where_whole_ones_are_wanted(own: Run) -> None:
 
 
 def test_the_validation_loss_is_that_of_the_logits_and_no_logits_are_gathered(
-    own: Run, monkeypatch: pytest.MonkeyPatch
+    file: Path, tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, rows = own.trainer, own.trainer.eval_dataset
-    assert len(rows) <= own.args.batch_size  # one batch, so that the mean is over all tokens
+    run = run_training(*command(file, tiny_pair, tmp_path, "--max-steps", "1", "--validation-samples", "7"))
+    trainer, rows = run.trainer, run.trainer.eval_dataset
+    assert len(rows) == 7 < run.args.batch_size  # one batch, so that the mean is over all tokens
     total = tokens = 0.0
     for row in rows:
         ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
