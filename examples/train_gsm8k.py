@@ -256,7 +256,15 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> Trainer:
     collator, callbacks = DataCollatorForSeq2Seq(tokenizer), [SameBatches()]
     if args.patience is not None:
         callbacks.append(EarlyStoppingCallback(args.patience))
-    trainer = Trainer(model, options, collator, rows, validation or None, tokenizer, callbacks=callbacks)
+    trainer = Trainer(
+        model,
+        options,
+        collator,
+        train_dataset=rows,
+        eval_dataset=validation or None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
     if args.cache_thoughts:
         cache_thoughts(model, rows + validation, args)
     before = training_loss(model, collator, rows[:64])

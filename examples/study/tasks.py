@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
-from problems import DELIMITERS
+from train_gsm8k import DELIMITERS
 from transformers import PreTrainedTokenizerBase
 
 sys.path.append(str(Path(__file__).parents[2]))  # evaluation/ is not an installed package
