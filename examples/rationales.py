@@ -55,10 +55,11 @@ def own_rationales(
         + ("" if text is None else f"; read from {file}")
     )
     if not kept:
+        more = "`--max-train-samples`" if part == "training" else "`--validation-samples`; 0 for no validation"
         raise ValueError(
             f"`--own-rationales` needs right answers of the base, but none of {asked} to the {part} questions is. Let "
-            "it give more answers (`--rationale-samples`, `--max-train-samples`, `--validation-samples`) or longer "
-            "ones (`--max-new-tokens`), or train on the data set's with `--no-own-rationales`."
+            f"it give more answers (`--rationale-samples`), to more questions ({more}), or longer ones "
+            "(`--max-new-tokens`); or set `--no-own-rationales`."
         )
     return kept
 

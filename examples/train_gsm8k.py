@@ -170,7 +170,7 @@ def split_rows(args: Namespace) -> dict[str, list[Row]]:
             f"`--validation-samples` must be at least 0 and leave some of the {len(rows)} rows for training, got "
             f"{args.validation_samples}."
         )
-    return {"training": rows[:end][: args.max_train_samples], "validation": rows[end:]}
+    return {"validation": rows[end:], "training": rows[:end][: args.max_train_samples]}
 
 
 def encode_rows(part: str, rows: list[Row], tokenizer: Tokenizer, args: Namespace) -> list[Example]:
@@ -252,7 +252,7 @@ def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> Trainer:
     if args.own_rationales:
         model.to(options.device)
         parts = {part: own_rationales(part, found, model, tokenizer, args, solve_all) for part, found in parts.items()}
-    rows, validation = (encode_rows(part, found, tokenizer, args) for part, found in parts.items())
+    validation, rows = (encode_rows(part, found, tokenizer, args) for part, found in parts.items())
     collator, callbacks = DataCollatorForSeq2Seq(tokenizer), [SameBatches()]
     if args.patience is not None:
         callbacks.append(EarlyStoppingCallback(args.patience))
