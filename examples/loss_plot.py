@@ -28,6 +28,7 @@ def save_loss_plot(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=name)
     axis.set(xlabel="step", ylabel="loss per token, nats")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path)
