@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from problems import encode_example, load_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import trange
-from train_gsm8k import encode_example, load_rows
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

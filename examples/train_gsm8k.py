@@ -1,8 +1,14 @@
 r"""Train a SoftCoT adapter on GSM8K, save it, compare it with the plain base, and reload it.
 
-With a pair and data from the Hub, and the paper's recipe (arXiv 2502.12134):
+With a pair and data from the Hub:
 
     python examples/train_gsm8k.py --base Qwen/Qwen2.5-7B-Instruct --assistant Qwen/Qwen2.5-1.5B-Instruct
+
+The defaults are those of the study of real models (docs/real-models.md): 8 thoughts, 60 steps of 8 rows at a peak
+rate of 1e-3 with 10 % warm-up and linear decay, greedy decoding, and *own rationales*: the base answers the first
+1,536 training questions, one sample each at temperature 0.7, and trains on its right answers (`--no-own-rationales`:
+on the data set's). The last rows of the training file are held out; the weights with the lowest validation loss are
+kept. The recipe of the SoftCoT paper (arXiv 2502.12134) is in `examples/recipes/`.
 
 Thoughts are placed at the end of the prompt; `--where user_turn --thought-token "<|endoftext|>"` places them at the
 end of the user turn, after a sentence that introduces them and between markers, as in the paper. The assistant reads
@@ -19,28 +25,33 @@ depends on the content of the thoughts; `evaluate.py` evaluates other tasks.
 from __future__ import annotations
 
 import json
-import re
 import shlex
-import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
+from loss_plot import save_loss_plot
 from peft import PeftModel, get_peft_model
 from precision import has_fast_bfloat16
+from problems import DELIMITERS, Example, Row, encode_example, encode_prompt, is_correct, load_rows
+from rationales import own_rationales
 from sources import check_source
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
     StoppingCriteriaList,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -50,14 +61,6 @@ from softcot_peft import SoftCoTConfig, compute_thoughts, use_thoughts, with_tho
 from softcot_peft.analysis import CONTROLS, with_thoughts
 from softcot_peft.live_rows import LiveRows
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # evaluation/ is not an installed package
-from evaluation.answers import number
-
-DELIMITERS = ("<question>\n", "\n</question>")  # the assistant reads what stands between them
-PROMPT = (
-    "Reason about this problem step by step, then close with a line '#### N' for its answer N.\n\n"
-    "<question>\n{question}\n</question>"
-)
 INTRODUCTION = "A smaller model has read the question too. This is what it thinks of it, in a form that you can read:"
 ASSISTANT_PROMPT = (
     "A larger model has to answer this question. Note for it in {num_thought_tokens} tokens what matters."
@@ -66,12 +69,11 @@ ASSISTANT_PROMPT = (
 ASSISTANT_PREFIX = "Here is what matters, in {num_thought_tokens} tokens:"
 NO_THINKING = "{%- set enable_thinking = enable_thinking | default(false) -%}"  # at the start of a chat template
 EMPTY_THINK_BLOCK = "<think>\n\n</think>\n\n"  # what Qwen3's chat template then writes
-Row = dict[str, str]  # "question" and "answer"
-Example = dict[str, list[int]]  # "input_ids" and "labels"
+QUESTIONS, STEPS = 1536, 60  # of the study: questions that the base answers for own rationales, and training steps
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line. The defaults are the paper's recipe, except for greedy decoding."""
+    """Parse the command line. The defaults are the study's; `examples/recipes/` has the paper's recipe."""
     parser = ArgumentParser(description="Train and evaluate a SoftCoT adapter on GSM8K.", fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # type: ignore[method-assign]
     add = parser.add_argument
@@ -81,8 +83,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--eval-file", default="openai/gsm8k", help="JSON Lines file, or a data set on the Hub (split 'test')")
     add("--output-dir", default="runs/gsm8k", help="folder of the adapter and its checkpoints")
     add("--keep-calculator-marks", action="store_true", help="train on answers with annotations such as <<48/2=24>>")
-    add("--num-thoughts", type=int, default=32, help="N in training")
-    add("--inference-thoughts", type=int, default=4, help="N in evaluation")
+    own = "train on the base's own right answers instead of the data set's"
+    add("--own-rationales", action=BooleanOptionalAction, default=True, help=own)
+    add("--rationale-samples", type=int, default=1, help="own answers per question")
+    add("--rationale-temperature", type=float, default=0.7, help="of own answers")
+    add("--num-thoughts", type=int, default=8, help="N in training")
+    add("--inference-thoughts", type=int, default=8, help="N in evaluation")
     add("--where", choices=["prompt_end", "user_turn", "generation_prompt"], default="prompt_end")
     add(
         "--thought-token",
@@ -96,17 +102,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--assistant-reads", choices=["question", "prompt"], default="question", help="{prompt} of --assistant-prompt")
     add("--assistant-thought-token", help="token at the assistant's thought positions; default: UNK, EOS or padding")
     add("--no-thinking", action="store_true", help="Qwen3: begin the turns of both models with an empty think block")
-    add("--learning-rate", type=float, default=2e-5)
-    add("--epochs", type=float, default=10)
-    add("--max-steps", type=int, default=-1, help="number of training steps; overrides --epochs")
-    add("--batch-size", type=int, default=4, help="training rows per device")
+    add("--learning-rate", type=float, default=1e-3, help="peak rate")
+    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; 1 or more: steps")
+    add("--schedule", choices=["linear", "cosine", "constant_with_warmup"], default="linear", help="after the warm-up")
+    add("--epochs", type=float)
+    add("--max-steps", type=int, help=f"overrides --epochs; {STEPS} if neither is set")
+    add("--batch-size", type=int, default=8, help="training rows per device")
+    add("--group-by-length", action=BooleanOptionalAction, default=True, help="batches of rows of similar length")
     add(
         "--max-length",
         type=int,
         default=1024,
         help="longer training rows are dropped, so that every row keeps its EOS",
     )
-    add("--max-train-samples", type=int)
+    add("--max-train-samples", type=int, help=f"training questions; default: all, with own rationales {QUESTIONS}")
+    add("--validation-samples", type=int, default=64, help="rows held out of the end of --train-file; 0 for none")
+    add("--patience", type=int, help="stop after this many validations without a lower loss; a run has ten")
     add("--max-eval-samples", type=int)
     add("--eval-batch-size", type=int, default=16)
     add("--max-new-tokens", type=int, default=1024)
@@ -121,21 +132,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     check_source("--base", args.base)
     check_source("--assistant", args.assistant)
+    if args.patience is not None and not args.validation_samples:
+        raise ValueError("`--patience` needs a validation loss: set `--validation-samples` to at least 1.")
+    if args.max_steps is None:
+        args.max_steps = STEPS if args.epochs is None else -1
+    if args.max_train_samples is None and args.own_rationales:
+        args.max_train_samples = QUESTIONS
     return args
-
-
-def load_rows(source: str, split: str, limit: int | None = None) -> list[Row]:
-    """Load problems from a JSON Lines file, or from a split of a data set on the Hub."""
-    if Path(source).is_file():
-        return [json.loads(line) for line in Path(source).read_bytes().splitlines() if line.strip()][:limit]
-    from datasets import load_dataset  # local files do not need it
-
-    return list(load_dataset(source, "main", split=split))[:limit]
-
-
-def is_correct(solution: str, reference: str) -> bool:
-    """Return whether the answers are the same number; `$1,234.00` equals `1234`."""
-    return (found := number(solution)) is not None and found == number(reference)
 
 
 def make_config(args: Namespace) -> SoftCoTConfig:
@@ -158,36 +161,25 @@ def make_config(args: Namespace) -> SoftCoTConfig:
     )
 
 
-def prompt_text(question: str) -> str:
-    """Return the text of a prompt, in which each delimiter occurs once: tags in the question itself are broken up."""
-    return PROMPT.format(question=re.sub("<(?=/?question>)", "< ", question, flags=re.IGNORECASE))
+def split_rows(args: Namespace) -> dict[str, list[Row]]:
+    """Load the training file, whose last rows are for validation."""
+    rows = load_rows(args.train_file, "train")
+    end = len(rows) - args.validation_samples
+    if not 0 < end <= len(rows):
+        raise ValueError(
+            f"`--validation-samples` must be at least 0 and leave some of the {len(rows)} rows for training, got "
+            f"{args.validation_samples}."
+        )
+    return {"validation": rows[end:], "training": rows[:end][: args.max_train_samples]}
 
 
-def encode_prompt(tokenizer: Tokenizer, question: str, num_thoughts: int = 0) -> list[int]:
-    """Encode a prompt with its generation prompt; `num_thoughts` is for the template of `with_thought_tokens`."""
-    content = prompt_text(question)
-    if tokenizer.chat_template is None:
-        return tokenizer(content + "\n\nSolution:\n")["input_ids"]
-    turns, options = [{"role": "user", "content": content}], {"num_thought_tokens": num_thoughts}
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)["input_ids"]
-
-
-def encode_example(tokenizer: Tokenizer, row: Row, num_thoughts: int = 0, keep_marks: bool = False) -> Example:
-    """Encode a training row: prompt, answer and EOS, with labels on answer and EOS."""
-    prompt = encode_prompt(tokenizer, row["question"], num_thoughts)
-    answer = row["answer"] if keep_marks else re.sub(r"<<.*?>>", "", row["answer"])
-    response = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
-
-
-def training_rows(tokenizer: Tokenizer, args: Namespace) -> list[Example]:
-    """Load and encode the training rows. Rows that are too long are dropped, not truncated."""
-    rows = load_rows(args.train_file, "train", args.max_train_samples)
+def encode_rows(part: str, rows: list[Row], tokenizer: Tokenizer, args: Namespace) -> list[Example]:
+    """Encode training or validation rows. Rows that are too long are dropped, not truncated."""
     encoded = [encode_example(tokenizer, row, args.num_thoughts, args.keep_calculator_marks) for row in rows]
     kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
-    PartialState().print(f"Training rows: {len(kept)}; dropped, too long: {len(rows) - len(kept)}")
-    if not kept:
-        raise ValueError(f"`--max-length` must leave some training rows, but {args.max_length} drops all {len(rows)}.")
+    PartialState().print(f"{part.capitalize()} rows: {len(kept)}; dropped, too long: {len(rows) - len(kept)}")
+    if rows and not kept:
+        raise ValueError(f"`--max-length` must leave some {part} rows, but {args.max_length} drops all {len(rows)}.")
     return kept
 
 
@@ -220,32 +212,70 @@ def load_base(args: Namespace, tokenizer: Tokenizer) -> PreTrainedModel:
     return base
 
 
-def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> None:
-    """Train with the plain `Trainer`, and save the final weights and the tokenizer."""
-    options = TrainingArguments(
+class SameBatches(TrainerCallback):
+    """Draws the batches of an epoch from its number, so that a resumed run continues with those that are left."""
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **others: Any) -> None:
+        """Seed the generator that `Trainer` groups rows of similar length with."""
+        torch.manual_seed(args.seed + int(state.epoch or 0))
+
+
+def training_options(args: Namespace) -> TrainingArguments:
+    """Return the options of `Trainer`. With validation rows, it keeps the weights with the lowest validation loss."""
+    watching = {"eval_strategy": "steps", "eval_steps": 0.1, "load_best_model_at_end": True}
+    return TrainingArguments(
         output_dir=args.output_dir,
         learning_rate=args.learning_rate,
-        num_train_epochs=args.epochs,
+        warmup_steps=args.warmup,
+        lr_scheduler_type=args.schedule,
+        num_train_epochs=args.epochs or 1,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        train_sampling_strategy="group_by_length" if args.group_by_length else "random",
         bf16=args.bf16,
         use_cpu=not torch.accelerator.is_available(),  # required for bf16
         logging_steps=0.05,  # of all steps
-        save_strategy="epoch",
-        save_total_limit=1,
+        save_strategy="steps",
+        save_steps=0.1,
+        save_total_limit=2,  # the best and the last
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
+        **(watching if args.validation_samples else {}),
     )
-    rows, collator = training_rows(tokenizer, args), DataCollatorForSeq2Seq(tokenizer)
-    trainer = Trainer(model, options, collator, train_dataset=rows, processing_class=tokenizer)
+
+
+def train(model: PeftModel, tokenizer: Tokenizer, args: Namespace) -> Trainer:
+    """Train with the plain `Trainer`, and save the final weights, the tokenizer and a plot of the losses."""
+    options, parts = training_options(args), split_rows(args)
+    checkpoint = last_whole_checkpoint(args.output_dir) if args.resume else None
+    if args.own_rationales:
+        model.to(options.device)
+        parts = {part: own_rationales(part, found, model, tokenizer, args, solve_all) for part, found in parts.items()}
+    validation, rows = (encode_rows(part, found, tokenizer, args) for part, found in parts.items())
+    collator, callbacks = DataCollatorForSeq2Seq(tokenizer), [SameBatches()]
+    if args.patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.patience))
+    trainer = Trainer(
+        model,
+        options,
+        collator,
+        train_dataset=rows,
+        eval_dataset=validation or None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
     if args.cache_thoughts:
-        cache_thoughts(model, rows, args)
+        cache_thoughts(model, rows + validation, args)
     before = training_loss(model, collator, rows[:64])
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir) if args.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     after = training_loss(model, collator, rows[:64])
     trainer.accelerator.print(f"Loss on the same training rows: {before:.3f} at the start, {after:.3f} at the end")
     use_thoughts(model, None)
+    if trainer.is_world_process_zero():
+        save_loss_plot(trainer.state.log_history, Path(args.output_dir, "loss.png"))
+    return trainer
 
 
 def cache_thoughts(model: PeftModel, rows: list[Example], args: Namespace) -> None:
@@ -279,28 +309,54 @@ def training_loss(model: PeftModel, collator: DataCollatorForSeq2Seq, rows: list
     return sum(model(**collator([row]).to(model.device)).loss.item() for row in rows) / len(rows)
 
 
-def solve(model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts: int, seed: int) -> list[str]:
-    """Generate the solutions of one batch of problems."""
+def solve(
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    num_thoughts: int,
+    seed: int,
+    whole: bool = False,
+    **decoding: Any,
+) -> list[str]:
+    """Generate the solutions of one batch of problems; with `whole`, a solution that was cut is an empty text."""
     prompts = [{"input_ids": encode_prompt(tokenizer, row["question"], num_thoughts)} for row in rows]
     batch = DataCollatorForSeq2Seq(tokenizer)(prompts).to(model.device)  # padded on the left
     torch.manual_seed(seed)
     with LiveRows(model) as live:
-        ids = model.eval().generate(**batch, stopping_criteria=StoppingCriteriaList([live]))
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = model.eval().generate(**batch, stopping_criteria=StoppingCriteriaList([live]), **decoding)
+    new = ids[:, batch["input_ids"].shape[1] :]
+    solutions = tokenizer.batch_decode(new, skip_special_tokens=True)
+    stops = new.new_tensor(model.get_base_model().generation_config.eos_token_id)
+    ended = torch.isin(new, stops).any(1).tolist()
+    return [text if end or not whole else "" for text, end in zip(solutions, ended, strict=True)]
+
+
+def solve_all(
+    name: str,
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    num_thoughts: int,
+    args: Namespace,
+    **options: Any,
+) -> list[str]:
+    """Solve all problems, with batches distributed over the processes; every process gets all solutions."""
+    state, size = PartialState(), args.eval_batch_size
+    starts = range(size * state.process_index, len(rows), size * state.num_processes)
+    found: list[tuple[int, list[str]]] = []
+    for start in tqdm(starts, desc=name, unit="batch", disable=not state.is_main_process):
+        batch = rows[start : start + size]
+        found += [(start, solve(model, tokenizer, batch, num_thoughts, args.seed + start, **options))]
+    return [text for _, batch in sorted(gather_object(found)) for text in batch]
 
 
 def evaluate(
     name: str, model: PeftModel, tokenizer: Tokenizer, rows: list[Row], num_thoughts: int, args: Namespace
 ) -> list[str]:
-    """Solve all problems, with batches distributed over the processes, and print the exact match."""
-    state, size = PartialState(), args.eval_batch_size
-    starts = range(size * state.process_index, len(rows), size * state.num_processes)
-    found: list[tuple[int, list[str]]] = []
-    for start in tqdm(starts, desc=name, unit="batch", disable=not state.is_main_process):
-        found += [(start, solve(model, tokenizer, rows[start : start + size], num_thoughts, args.seed + start))]
-    solutions = [text for _, batch in sorted(gather_object(found)) for text in batch]
+    """Solve all problems, and print the exact match."""
+    solutions = solve_all(name, model, tokenizer, rows, num_thoughts, args)
     right = sum(is_correct(text, row["answer"]) for text, row in zip(solutions, rows, strict=True))
-    state.print(f"Exact match, {name}: {right / len(rows):.2%} ({right} of {len(rows)})")
+    PartialState().print(f"Exact match, {name}: {right / len(rows):.2%} ({right} of {len(rows)})")
     return solutions
 
 

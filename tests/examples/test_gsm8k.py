@@ -6,21 +6,28 @@ import copy
 import json
 import random
 import re
+import shutil
+import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import reader_of
 from peft import get_peft_model
 from project_files import load_example
+from safetensors.torch import load_file
 from tiny_pair import Pair
 from tokenizers import normalizers
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GenerationConfig, Trainer
 
 from softcot_peft import SoftCoTConfig, with_thought_tokens
 
 gsm8k = load_example("train_gsm8k")
+problems = load_example("problems")
+rationales = load_example("rationales")
 tiny = load_example("make_tiny_pair")
 
 
@@ -106,16 +113,17 @@ def test_eos_is_a_label_even_where_it_is_also_the_padding(pair: Pair) -> None:
     assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
 
 
-def test_rows_that_are_too_long_are_dropped_and_none_is_cut(pair: Pair, tmp_path: Path) -> None:
+def test_rows_that_are_too_long_are_dropped_and_none_is_cut(pair: Pair) -> None:
     rows = [ROW, {"question": ROW["question"] * 3, "answer": ROW["answer"]}]
-    file = tmp_path / "train.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     whole = gsm8k.encode_example(pair.tokenizer, ROW, 32)
     length = len(whole["input_ids"])
-    more = ("--train-file", str(file), "--max-length")
-    assert gsm8k.training_rows(pair.tokenizer, gsm8k.parse_args(arguments(pair, *more, str(length)))) == [whole]
-    with pytest.raises(ValueError, match=rf"`--max-length` .*{length - 1} drops all 2"):
-        gsm8k.training_rows(pair.tokenizer, gsm8k.parse_args(arguments(pair, *more, str(length - 1))))
+    most = ("--num-thoughts", "32", "--max-length")
+    args = gsm8k.parse_args(arguments(pair, *most, str(length)))
+    assert gsm8k.encode_rows("training", rows, pair.tokenizer, args) == [whole]
+    for part in ("training", "validation"):
+        args = gsm8k.parse_args(arguments(pair, *most, str(length - 1)))
+        with pytest.raises(ValueError, match=rf"`--max-length` .* {part} rows, but {length - 1} drops all 2"):
+            gsm8k.encode_rows(part, rows, pair.tokenizer, args)
 
 
 # The paper's prompts
@@ -243,10 +251,26 @@ def test_solutions_come_back_in_order(
     assert "Exact match, name: 100.00% (7 of 7)" in capsys.readouterr().out
 
 
-def test_defaults_are_the_papers_recipe(pair: Pair) -> None:
-    args = gsm8k.parse_args(arguments(pair))
-    assert (args.learning_rate, args.epochs, args.batch_size) == (2e-5, 10, 4)
-    assert (args.num_thoughts, args.inference_thoughts, args.max_new_tokens) == (32, 4, 1024)
+def test_defaults_are_the_studys(pair: Pair) -> None:
+    from study import work  # imported by the scripts' names, as they are found by `load_example`
+    from study.plan import FULL, tries
+
+    args, chosen = gsm8k.parse_args(arguments(pair)), tries(1e-3, FULL)["plain"]
+    assert (args.learning_rate, args.warmup, args.schedule) == (chosen.learning_rate, chosen.warmup, "linear")
+    assert (args.max_steps, args.batch_size) == (chosen.steps, chosen.batch)
+    assert args.num_thoughts == args.inference_thoughts == chosen.thoughts
+    assert args.own_rationales == (chosen.rationales == "own")
+    assert ("medium", args.max_train_samples) in FULL.written
+    assert (args.rationale_samples, args.rationale_temperature) == (1, work.SAMPLING["temperature"])
+    assert args.validation_samples == FULL.validated
+    assert (args.temperature, args.patience, args.where) == (0, None, "prompt_end")
+
+
+def test_steps_and_questions_have_defaults_only_where_nothing_else_says_how_many(pair: Pair) -> None:
+    args = gsm8k.parse_args(arguments(pair, "--epochs", "3", "--no-own-rationales"))
+    assert (args.epochs, args.max_steps, args.max_train_samples) == (3, -1, None)
+    args = gsm8k.parse_args(arguments(pair, "--epochs", "3", "--max-steps", "5", "--max-train-samples", "7"))
+    assert (args.max_steps, args.max_train_samples) == (5, 7)
 
 
 # Precision
@@ -319,7 +343,7 @@ def command(file: Path, tiny_pair: Path, out: Path, *more: str) -> list[str]:
     return [
         *("--base", str(tiny_pair / "base"), "--assistant", str(tiny_pair / "assistant")),
         *("--train-file", str(file), "--eval-file", str(file), "--output-dir", str(out)),
-        *(*sizes.split(), "--no-bf16"),
+        *(*sizes.split(), "--no-bf16", "--no-own-rationales", "--validation-samples", "0"),
         *("--learning-rate", "1e-2", *more),
     ]
 
@@ -402,3 +426,248 @@ def test_controls_need_another_question_in_every_batch(file: Path, tiny_pair: Pa
 def test_without_a_thought_token_the_user_turn_is_refused(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs `thought_token`"):
         gsm8k.main(command(file, tiny_pair, tmp_path, "--where", "user_turn"))
+
+
+# Own rationales, validation and batches
+
+OWN = "I know it. #### {}"
+
+
+@dataclass
+class Run:
+    """A training without the evaluation of the problems."""
+
+    args: Namespace
+    printed: str
+    trainer: Trainer
+    sampled: list[str]  # questions that the base was asked for own rationales
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.trainer.state.log_history
+
+    def asked(self, rows: list[dict[str, list[int]]]) -> list[str]:
+        """The questions of rows."""
+        texts = self.trainer.processing_class.batch_decode([row["input_ids"] for row in rows])
+        return [text.partition("<question>\n")[2].partition("\n</question>")[0] for text in texts]
+
+
+def run_training(*argv: str) -> Run:
+    """Train a base that gives the right answer in its own words, if the answer is an odd number."""
+    sampled, printed = [], []
+
+    def solve(
+        model: Any, tokenizer: Any, rows: list[dict[str, str]], num: int, seed: int, **options: Any
+    ) -> list[str]:
+        assert num == 0
+        assert options == {"whole": True, "do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+        assert model.get_model_status().enabled is False
+        sampled.extend(row["question"] for row in rows)
+        right = [int(row["answer"].split()[-1]) for row in rows]
+        return [OWN.format(number if number % 2 else -1) for number in right]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gsm8k, "solve", solve)
+        patch.setattr("builtins.print", lambda *texts, **options: printed.append(" ".join(map(str, texts))))
+        args = gsm8k.parse_args(list(argv))
+        gsm8k.set_seed(args.seed)
+        config = gsm8k.make_config(args)
+        tokenizer = gsm8k.load_tokenizer(args, config)
+        trainer = gsm8k.train(get_peft_model(gsm8k.load_base(args, tokenizer), config), tokenizer, args)
+    return Run(args, "\n".join(printed), trainer, sampled)
+
+
+OWN_OPTIONS = ("--own-rationales", "--rationale-samples", "2", "--validation-samples", "10", "--cache-thoughts")
+
+
+@pytest.fixture(scope="module")
+def own(file: Path, tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ten steps on own rationales, with ten rows held out."""
+    out = tmp_path_factory.mktemp("own")
+    return run_training(*command(file, tiny_pair, out, *OWN_OPTIONS, "--max-steps", "10"))
+
+
+def problems_of(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_base_trains_on_its_own_right_answers_but_not_on_those_held_out(own: Run, file: Path) -> None:
+    rows = problems_of(file)
+    odd = [row["question"] for row in rows if int(row["answer"].split()[-1]) % 2]
+    first, last = ([row["question"] for row in part] for part in (rows[:30], rows[30:]))
+    assert sorted(own.sampled) == sorted(2 * (first + last))
+    trained, held_out = own.asked(own.trainer.train_dataset), own.asked(own.trainer.eval_dataset)
+    assert trained == [question for question in first if question in odd]  # equal answers are one row
+    assert held_out == [question for question in last if question in odd]
+    assert not set(trained) & set(held_out)
+    texts = own.trainer.processing_class.batch_decode([row["input_ids"] for row in own.trainer.train_dataset])
+    assert all("I know it. ####" in text for text in texts)
+    assert f"training: {len(trained)} of 60 answers are right and different" in own.printed
+    assert f"for {len(held_out)} of 10 questions" in own.printed
+    assert f"Training rows: {len(trained)}; dropped, too long: 0" in own.printed
+
+
+def test_a_resumed_run_reads_its_rationales_and_thoughts(
+    own: Run, file: Path, tiny_pair: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(own.args.output_dir, tmp_path, dirs_exist_ok=True)
+    files = sorted(path for kind in ("rationales", "thoughts") for path in (tmp_path / kind).iterdir())
+    written = [path.stat().st_mtime_ns for path in files]
+    more = ("--max-steps", "11", "--resume")
+    again = run_training(*command(file, tiny_pair, tmp_path, *OWN_OPTIONS, *more))
+    assert again.sampled == []
+    assert again.printed.count("; read from ") == 2
+    assert again.trainer.train_dataset == own.trainer.train_dataset
+    assert sorted(path for kind in ("rationales", "thoughts") for path in (tmp_path / kind).iterdir()) == files
+    assert [path.stat().st_mtime_ns for path in files] == written
+    assert [entry["step"] for entry in again.history if "eval_loss" in entry] == list(range(1, 12))
+
+
+def test_rationales_are_reused_for_nothing_else(own: Run, file: Path, tiny_pair: Path) -> None:
+    def found(*more: str, template: str = "", factor: float = 1.0) -> Path:
+        args = gsm8k.parse_args(command(file, tiny_pair, Path(own.args.output_dir), *OWN_OPTIONS, *more))
+        config = gsm8k.make_config(args)
+        tokenizer = gsm8k.load_tokenizer(args, config)
+        tokenizer.chat_template = template + tokenizer.chat_template
+        model = get_peft_model(gsm8k.load_base(args, tokenizer), config)
+        with torch.no_grad():
+            model.get_base_model().model.norm.weight.mul_(factor)
+        return rationales.rationales_file(gsm8k.split_rows(args)["training"], model, tokenizer, args)
+
+    assert found().is_file()
+    assert found("--learning-rate", "1", "--num-thoughts", "2", "--eval-batch-size", "2") == found()
+    others = [
+        found("--rationale-temperature", "0.8"),
+        found("--rationale-samples", "3"),
+        found("--max-new-tokens", "9"),
+        found("--seed", "1"),
+        found("--bf16"),
+        found("--max-train-samples", "29"),
+        found(template="Think. "),
+        found(factor=1.01),
+    ]
+    assert len({found(), *others}) == len(others) + 1
+
+
+def test_answers_that_are_cut_or_wrong_are_no_rationales(
+    file: Path, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A base that has hardly been trained is never right, and the error says what to do."""
+    more = ("--own-rationales", "--max-train-samples", "3", "--rationale-samples", "2")
+    with pytest.raises(ValueError, match=r"`--own-rationales` .* none of 6 to the training .*`--no-own-rationales`"):
+        gsm8k.main(command(file, tiny_pair, tmp_path, *more))
+    assert "0 of 6 answers are right and different (0%), for 0 of 3 questions" in capsys.readouterr().out
+    assert not (tmp_path / "rationales").exists()
+
+
+def test_a_cut_solution_is_empty_where_whole_ones_are_wanted(own: Run) -> None:
+    model, tokenizer, rows = own.trainer.model, own.trainer.processing_class, [ROW, ROW | {"question": "Why?"}]
+    options = {"max_new_tokens": 4}
+    texts = gsm8k.solve(model, tokenizer, rows, 3, 0, **options)
+    assert all(texts)
+    assert gsm8k.solve(model, tokenizer, rows, 3, 0, whole=True, **options) == ["", ""]
+    last = tokenizer(texts[0], add_special_tokens=False)["input_ids"][-1]
+    generation = model.get_base_model().generation_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "eos_token_id", [tokenizer.eos_token_id, last])
+        assert gsm8k.solve(model, tokenizer, rows[:1], 3, 0, whole=True, **options) != [""]
+
+
+def test_the_validation_loss_is_that_of_the_logits_and_no_logits_are_gathered(
+    file: Path, tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_training(*command(file, tiny_pair, tmp_path, "--max-steps", "1", "--validation-samples", "7"))
+    trainer, rows = run.trainer, run.trainer.eval_dataset
+    assert len(rows) == 7 < run.args.batch_size  # one batch, so that the mean is over all tokens
+    total = tokens = 0.0
+    for row in rows:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_ids=ids, labels=labels).logits.float()
+        known = labels[:, 1:] != -100
+        scores = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        total, tokens = total - float(scores[known].sum()), tokens + int(known.sum())
+    returned, step = [], trainer.prediction_step
+    monkeypatch.setattr(
+        trainer, "prediction_step", lambda *given, **more: returned.append(step(*given, **more)) or returned[-1]
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert [(logits, labels) for _, logits, labels in returned] == [(None, None)]
+    single = sum(gsm8k.training_loss(trainer.model, trainer.data_collator, [row]) for row in rows) / len(rows)
+    trainer.args.per_device_eval_batch_size = 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(single, rel=1e-5)  # as in training, in two passes
+
+
+def test_the_weights_with_the_lowest_validation_loss_are_saved(own: Run) -> None:
+    losses = {entry["step"]: entry["eval_loss"] for entry in own.history if "eval_loss" in entry}
+    assert list(losses) == list(range(1, 11))
+    best = min(losses, key=losses.get)
+    out = Path(own.args.output_dir)
+    saved, kept = (load_file(folder / "adapter_model.safetensors") for folder in (out, out / f"checkpoint-{best}"))
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert (out / "checkpoint-10").is_dir()
+
+
+def test_losses_are_plotted_if_matplotlib_is_there(own: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = Path(own.args.output_dir, "loss.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert f"Losses: {file}" in own.printed
+    plot = load_example("loss_plot").save_loss_plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        plot(own.history, tmp_path / "loss.png")
+    assert "No loss.png: matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "loss.png").exists()
+    plot([entry for entry in own.history if "eval_loss" not in entry], tmp_path / "loss.png")  # no validation
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_training_stops_early_without_a_lower_validation_loss(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
+    options = ("--validation-samples", "4", "--max-steps", "10", "--learning-rate", "0")
+    assert (
+        run_training(*command(file, tiny_pair, tmp_path, *options, "--patience", "2")).trainer.state.global_step == 3
+    )
+
+
+def test_the_rate_rises_and_falls_as_set(file: Path, tiny_pair: Path, tmp_path: Path) -> None:
+    options = ("--max-steps", "4", "--warmup", "0.5", "--schedule")
+    for schedule, rates in (("linear", [0, 0.5, 1, 0.5]), ("constant_with_warmup", [0, 0.5, 1, 1])):
+        run = run_training(*command(file, tiny_pair, tmp_path, *options, schedule))
+        found = [entry["learning_rate"] for entry in run.history if "loss" in entry]
+        assert found == pytest.approx([1e-2 * rate for rate in rates])
+
+
+def test_batches_have_rows_of_similar_length_and_a_resumed_run_has_the_same(
+    file: Path, tiny_pair: Path, tmp_path: Path
+) -> None:
+    padding = []
+    options = ("--max-steps", "30", "--batch-size", "2")  # one and a half epochs
+    for more in ("--no-group-by-length", "--group-by-length"):
+        run = run_training(*command(file, tiny_pair, tmp_path, *options, more))
+        batches = run.trainer.get_train_dataloader()
+        padding.append(sum(int((batch["attention_mask"] == 0).sum()) for batch in batches))
+    assert padding[1] < padding[0] / 2
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-30")  # as if the run had been killed after step 27
+    again = run_training(*command(file, tiny_pair, tmp_path, *options, "--resume"))
+    assert [entry["step"] for entry in again.history if "loss" in entry] == list(range(2, 31, 2))
+    resumed = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--validation-samples", "40"), r"`--validation-samples` .* leave some of the 40 rows .*, got 40"),
+        (("--validation-samples", "-1"), r"`--validation-samples` must be at least 0 .*, got -1"),
+        (("--patience", "1"), "`--patience` needs a validation loss"),
+        (("--resume",), "`--resume` needs a complete checkpoint"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused_before_anything_is_sampled(
+    options: tuple[str, ...], message: str, file: Path, tiny_pair: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training(*command(file, tiny_pair, tmp_path, "--own-rationales", *options))
+    assert not (tmp_path / "rationales").exists()

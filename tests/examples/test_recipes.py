@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 estimate = load_example("estimate")
 gsm8k = load_example("train_gsm8k")
+problems = load_example("problems")
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.txt"))
 FAMILIES = {  # assistant, thought token and markers
     "llama": ("Llama-3.2-1B", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
@@ -27,6 +29,8 @@ def test_recipes_are_the_papers(recipe: Path) -> None:
     args = gsm8k.parse_args([f"@{recipe}"])
     assert (args.num_thoughts, args.inference_thoughts, args.where) == (32, 4, "user_turn")
     assert (args.learning_rate, args.epochs, args.batch_size, args.bf16) == (2e-5, 10, 4, True)
+    assert (args.warmup, args.schedule, args.max_steps, args.group_by_length) == (0, "linear", -1, False)
+    assert (args.own_rationales, args.max_train_samples, args.validation_samples) == (False, None, 0)
     assert (args.temperature, args.top_p, args.max_new_tokens, args.seed) == (1, 1, 1024, 41)
     assistant, token, *_ = FAMILIES[recipe.stem[:5]]
     assert assistant in args.assistant
@@ -53,7 +57,7 @@ def test_the_thoughts_stand_between_the_family_s_markers(recipe: Path, pair: Pai
     ids = gsm8k.encode_prompt(written, "How many legs?", args.inference_thoughts)
     run = begin + token * args.inference_thoughts + end
     assert written.decode(ids) == (
-        f"<|user|>{gsm8k.prompt_text('How many legs?')}\n\n{gsm8k.INTRODUCTION}\n{run}<|end|><|assistant|>"
+        f"<|user|>{problems.prompt_text('How many legs?')}\n\n{gsm8k.INTRODUCTION}\n{run}<|end|><|assistant|>"
     )
     start = ids.index(written.convert_tokens_to_ids(begin))
     assert ids[start : start + 6] == written.convert_tokens_to_ids([begin, *[token] * 4, end])
@@ -140,3 +144,12 @@ def test_configs_of_other_pairs_are_read(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{tmp_path} + {tmp_path}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="go together"):
         estimate.parse_args(["--base", "x"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_spell_out_what_differs_from_the_scripts_defaults(recipe: Path) -> None:
+    """The script's defaults may change without changing a recipe."""
+    text = recipe.read_text(encoding="utf-8")
+    names = "num-thoughts inference-thoughts learning-rate warmup schedule epochs batch-size validation-samples"
+    for name in (*names.split(), "no-own-rationales", "no-group-by-length", "max-new-tokens", "temperature", "seed"):
+        assert re.search(rf"^--{name}\b", text, re.MULTILINE), name
