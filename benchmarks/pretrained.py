@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import problems
 import torch
 import train_gsm8k
 from torch import Tensor
@@ -70,6 +71,7 @@ def script_args(size: Size, folder: Path | None, data_dir: str | None = None) ->
         data_dir: Folder with `gsm8k/train.jsonl`; `None`: the Hub.
     """
     options = ["--num-thoughts", str(size.case.thoughts), "--bf16" if size.dtype == "bfloat16" else "--no-bf16"]
+    options += ["--no-own-rationales"]
     for role, name in (("--base", str(size.base)), ("--assistant", str(size.assistant))):
         local = name.rpartition("/")[2].lower().removesuffix("-instruct")
         options += [role, name if folder is None else str(folder / local)]
@@ -95,7 +97,7 @@ def load(size: Size, device: str, folder: Path | None) -> tuple[PreTrainedModel,
 def load_rows(tokenizer: PreTrainedTokenizerBase, args: Namespace) -> list[Row]:
     """Load and encode the training rows, in a random order that is always the same."""
     rows = []
-    for row in train_gsm8k.training_rows(tokenizer, args):
+    for row in train_gsm8k.encode_rows("training", problems.load_rows(args.train_file, "train"), tokenizer, args):
         start = row["labels"].count(-100)
         rows.append(torch.tensor(row["input_ids"]).tensor_split([start]))
     return Random(0).sample(rows, len(rows))
