@@ -40,10 +40,10 @@ class SoftCoTConfig(PeftConfig):
             A run of `thought_token` takes precedence. `None`: no marker.
         assistant_prompt: Template of what the assistant reads, with `{prompt}` and optionally `{num_thought_tokens}`.
             It is rendered with the assistant's chat template if there is one. `None`: the prompt only.
-        assistant_prefix: What the assistant's own turn begins with, before the thought positions, as in the paper;
-            may contain `{num_thought_tokens}`.
+        assistant_prefix: What the assistant's own turn begins with, before the thought positions; may contain
+            `{num_thought_tokens}`. The paper's prompts have one (section 3 of arXiv 2502.12134).
         assistant_prompt_between: Two literal texts, each of which occurs once in every prompt: the assistant reads
-            what stands between them, such as the question alone, as in the paper.
+            what stands between them, such as the question alone, as in the paper (section 3).
         assistant_thought_token: Token at the thought positions of the assistant's input. `None`: the assistant's unk
             token, else its eos token, else its pad token.
         assistant_shares_tokenizer: `True`: the assistant reads the prompt's ids. `False`: prompts are decoded and
@@ -72,7 +72,8 @@ class SoftCoTConfig(PeftConfig):
             as `"trained"` if there are several chains, else `assistant_thought_token`.
         chain_token_ids: Ids of the assistant's tokens whose embeddings the chains begin with, K of them. `None`:
             spread evenly over its vocabulary.
-        contrastive_weight: Weight of the term that keeps the chains apart (arXiv 2505.11484) in the training loss.
+        contrastive_weight: Weight of the term that keeps the chains apart (arXiv 2505.11484), relative to the mean
+            loss of the chains. The paper adds the term to their sum, which is a weight of 1 / K.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
