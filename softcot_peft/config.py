@@ -145,7 +145,7 @@ class SoftCoTConfig(PeftConfig):
         default=None, metadata={"help": "Ids of the assistant's tokens that the chains begin with."}
     )
     contrastive_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the loss term that keeps chains apart."}
+        default=0.01, metadata={"help": "Weight of the loss term that keeps chains apart."}
     )
     assistant_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the assistant's last hidden states. Written on save."}
