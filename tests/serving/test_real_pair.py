@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from served import BASE, Served, Server, skip_without_vllm
+from peft import PeftModel
+from served import BASE, Served, Server, message, skip_without_vllm
 from tiny_pair import Pair
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from softcot_peft import with_thought_tokens
 
@@ -21,7 +22,7 @@ if "SOFTCOT_MODELS" not in os.environ:
     pytest.skip("needs pretrained models: `make serving MODELS=FOLDER`", allow_module_level=True)
 
 MARK = "<|box_start|>"  # a special token of Qwen's
-NEW = 24
+NEW, STEPS = 24, 10
 PROMPTS = [
     "How many legs have seven dogs? Think step by step.",
     "A train leaves at 9:40 and arrives at 13:05. How long does it travel?",
@@ -41,6 +42,20 @@ class RealPair(Pair):
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
 
+def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
+    """Have an adapter begin its answers in a way of its own; fresh thoughts end them at once, whatever the adapter."""
+    prompt = tokenizer.apply_chat_template(message(PROMPTS[0]), add_generation_prompt=True, return_dict=True)
+    response = tokenizer(answer)["input_ids"]
+    ids = torch.tensor([prompt["input_ids"] + response])
+    labels = torch.tensor([[-100] * len(prompt["input_ids"]) + response])
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    for _ in range(STEPS):
+        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Served:
     models, root = Path(os.environ["SOFTCOT_MODELS"]).absolute(), tmp_path_factory.mktemp("real")
@@ -50,10 +65,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Served:
     kinds = {**KINDS, "shared": {"assistant_model_name_or_path": str(base)}}
     for name, changes in kinds.items():
         model = pair.model(**thoughts, **changes)
+        marked = "thought_token" in changes
+        tokenizer = (
+            with_thought_tokens(pair.tokenizer, pair.config(**thoughts, **changes)) if marked else pair.tokenizer
+        )
+        train(model, tokenizer, f"The adapter {name} says: let us think.")
         model.save_pretrained(root / name)
-        if name == "run":
-            marked = with_thought_tokens(pair.tokenizer, model.peft_config["default"])
-            marked.save_pretrained(root / name)
+        if marked:
+            tokenizer.save_pretrained(root / name)
     return Served(pair, {name: root / name for name in kinds})
 
 
@@ -82,9 +101,10 @@ def test_thoughts_stand_in_the_user_turn(real: Served, real_server: Server) -> N
 
 def test_adapters_and_base_at_once(real: Served, real_server: Server) -> None:
     """16 clients; thoughts that reached another request would change its answer."""
-    asked = [(name, prompt) for prompt in PROMPTS for name in (BASE, "own", "shared", "prompted")] * 2
+    names = [BASE, "own", "shared", "prompted"]
+    asked = [(name, prompt) for prompt in PROMPTS for name in names] * 2
     with ThreadPoolExecutor(16) as clients:
-        answers = clients.map(lambda each: real_server.ask(*each, chat=True, max_tokens=NEW)["tokens"], asked)
-        found = list(answers)
+        found = list(clients.map(lambda each: real_server.ask(*each, chat=True, max_tokens=NEW)["tokens"], asked))
     assert found == [real.answer(name, real.ids(prompt, chat=True), NEW) for name, prompt in asked]
-    assert len({tuple(tokens) for tokens in found}) == len(asked) // 2
+    answers = {each: tuple(tokens) for each, tokens in zip(asked, found, strict=True)}
+    assert len({tuple(answers[name, prompt] for prompt in PROMPTS) for name in names}) == len(names)
