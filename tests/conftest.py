@@ -79,7 +79,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     cases = sum(value for report in reports for name, value in report.user_properties if name == "cases")
     if cases:
         terminalreporter.write_line(f"{cases} random cases checked")
-    if target := config.getoption("--last-run"):
+    target = config.getoption("--last-run")
+    if target and not hasattr(config, "workerinput"):  # xdist's workers know their own tests alone
         last_run.write(terminalreporter, target, BEGAN, cases)
 
 
