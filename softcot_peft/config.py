@@ -68,12 +68,14 @@ class SoftCoTConfig(PeftConfig):
         num_chains: K, the number of chains of SoftCoT++ (arXiv 2505.11484). Each is another run of thoughts for the
             same prompt: training averages the loss over all, and `generate` answers once for each.
         chain_init: What stands at the assistant's thought positions in each chain. `"trained"`: an embedding of its
-            own, trained with the projection. `"fixed"`: the embedding of a token, as in the published code. `None`:
-            as `"trained"` if there are several chains, else `assistant_thought_token`.
+            own, trained with the projection: the specialized initial tokens of arXiv 2505.11484. `"fixed"`: the
+            embedding of a token, as in the published code. `None`: as `"trained"` if there are several chains, else
+            `assistant_thought_token`.
         chain_token_ids: Ids of the assistant's tokens whose embeddings the chains begin with, K of them. `None`:
             spread evenly over its vocabulary.
-        contrastive_weight: Weight of the term that keeps the chains apart (arXiv 2505.11484), relative to the mean
-            loss of the chains. The paper adds the term to their sum, which is a weight of 1 / K.
+        contrastive_weight: Weight of the term that keeps the chains apart (the contrastive learning of arXiv
+            2505.11484), relative to the mean loss of the chains. The paper adds the term to their sum, which is a
+            weight of 1 / K.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
