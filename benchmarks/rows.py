@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 ATTENTION, LOSS = "attention", "loss"
 PROFILED = {ATTENTION: "aten::_scaled_dot_product", LOSS: "_ChunkedLoss"}  # names of operations
-# Relative to a loss and to a gradient's norm. In float32 all methods agree within 1e-5 on the same rows; in bfloat16 their
-# losses are up to 1 % and their gradients up to 12 % apart, on either side of those in float32.
+# Relative to a loss and to a gradient's norm. In float32 all methods agree within 1e-5 on the same rows; in bfloat16
+# their losses are up to 1 % and their gradients up to 12 % apart, on either side of those in float32.
 LOSS_ROUNDING, GRADIENT_ROUNDING = 0.02, 0.25
 
 
