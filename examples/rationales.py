@@ -6,13 +6,13 @@ Rationales of a data set also teach their style, which may cost accuracy by itse
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from blocks import write_whole
 from peft import PeftModel
 from problems import Row, encode_prompt, is_correct
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -35,11 +35,8 @@ def own_rationales(
     """
     if not rows:
         return []
-    state, asked, file = (
-        PartialState(),
-        len(rows) * args.rationale_samples,
-        rationales_file(rows, model, tokenizer, args),
-    )
+    state, asked = PartialState(), len(rows) * args.rationale_samples
+    file = rationales_file(rows, model, tokenizer, args)
     # The main process decides, so that either all processes sample or none does.
     stored = [file.read_text(encoding="utf-8") if state.is_main_process and file.is_file() else None]
     text = broadcast_object_list(stored)[0]
@@ -48,7 +45,7 @@ def own_rationales(
     else:
         kept = right_answers(part, rows, model, tokenizer, args, solve_all)
         if kept and state.is_main_process:
-            write(file, kept)
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in kept))
     state.print(
         f"Own rationales, {part}: {len(kept)} of {asked} answers are right and different ({len(kept) / asked:.0%}), "
         f"for {len({row['question'] for row in kept})} of {len(rows)} questions"
@@ -92,11 +89,3 @@ def right_answers(
         if is_correct(text, rows[place]["answer"])
     }
     return [right[key] for key in sorted(right)]
-
-
-def write(file: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSON Lines; the file is renamed when it is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(".half")
-    half.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(half, file)

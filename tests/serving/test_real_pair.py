@@ -66,9 +66,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Served:
     for name, changes in kinds.items():
         model = pair.model(**thoughts, **changes)
         marked = "thought_token" in changes
-        tokenizer = (
-            with_thought_tokens(pair.tokenizer, pair.config(**thoughts, **changes)) if marked else pair.tokenizer
-        )
+        config = model.peft_config["default"]
+        tokenizer = with_thought_tokens(pair.tokenizer, config) if marked else pair.tokenizer
         train(model, tokenizer, f"The adapter {name} says: let us think.")
         model.save_pretrained(root / name)
         if marked:
