@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,17 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
+def changed(job: Any) -> dict[str, Any]:
+    """Return the fields of a job that are not at their defaults, so that a new field does not rename old results."""
+    values = {field.name: getattr(job, field.name) for field in fields(job)}
+    defaults = {field.name: field.default for field in fields(job)}
+    return {
+        name: changed(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if value != defaults[name]
+    }
+
+
 class Store:
     """Results stored in a folder.
 
@@ -43,7 +54,7 @@ class Store:
 
     def path(self, job: Job) -> Path:
         """Return the file of a job's result; jobs with different fields have different files."""
-        described = json.dumps(asdict(job), sort_keys=True)
+        described = json.dumps(changed(job), sort_keys=True)
         return self.folder / f"{job.name}.{hashlib.sha256(described.encode()).hexdigest()[:8]}.json"
 
     def __contains__(self, job: Job) -> bool:

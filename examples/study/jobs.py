@@ -67,11 +67,13 @@ class Training:
         validated: Rows of the validation part for the losses with and without thoughts.
         projection: Field of `SoftCoTConfig`, as the next three.
         projection_init: How the projection begins.
-        thought_source: What reads the prompt.
+        thought_source: What reads the prompt: `"assistant"`, `"base"`, or `"question_stretches"` (stretches.py).
+        chain_init: `"trained"` for an embedding at the assistant's thought positions that is trained.
         lead_in: Whether the assistant's own turn begins with a lead-in, as in the paper.
         depth: Share of the assistant's layers that run; below 1, its states are those of an earlier layer.
         contrast: Weight of a term that keeps the loss with another question's thoughts above that with one's own.
         standardized: Whether the source's states have mean 0 and variance 1 over questions before they are projected.
+        blind: Whether the base does not read the question, which the assistant alone knows then.
     """
 
     pair: str = "A"
@@ -87,10 +89,12 @@ class Training:
     projection: str = "linear"
     projection_init: str = "default"
     thought_source: str = "assistant"
+    chain_init: str | None = None
     lead_in: bool = True
     depth: float = 1.0
     contrast: float = 0.0
     standardized: bool = False
+    blind: bool = False
 
     @property
     def name(self) -> str:

@@ -86,6 +86,12 @@ def examples(task: str, rows: Sequence[tasks.Row], system: Baseline) -> list[dic
     ]
 
 
+def blinded(rows: Sequence[tasks.Row], system: Baseline) -> list[dict[str, Any]]:
+    """Return GSM8K rows whose prompts have a number in place of the question."""
+    numbered = [row | {"question": f"Problem {number}"} for number, row in enumerate(rows)]
+    return examples("gsm8k", numbered, system)
+
+
 def seen(system: Baseline, setting: Setting) -> list[dict[str, Any]]:
     """Return the training questions whose states and thoughts are averaged."""
     return examples("gsm8k", data.split("gsm8k", "training", setting.data_dir)[:SEEN], system)

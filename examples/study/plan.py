@@ -22,6 +22,7 @@ FIRST_RATES = {
     "LoRA": (1e-4, 3e-4, 1e-3),
     "SoftCoT": (3e-4, 1e-3, 3e-3),
 }
+CARRIED_RATES = (1e-3, 1e-4)  # the pilot's would be too high for states that are standardized
 CONTROLS = ("other_question", "mean", "zero")  # beside every SoftCoT figure; the headline has all
 ALL_CONTROLS = (*CONTROLS, "random_projection")
 # Seconds on two cores in bfloat16, by the size of the base: of a training row and of an answer in a batch of 16. A
@@ -55,6 +56,8 @@ class Sizes:
         samples: Answers that vote.
         numbers: N.
         gridded: Questions of each cell of N in training by N at inference.
+        carried: Pairs whose thoughts are trained in every way that could carry more of the question.
+        carried_steps: Optimizer steps of that training, at each of `CARRIED_RATES`.
         diagnosed: Questions whose thoughts are described.
         probed: Questions of the probe.
     """
@@ -67,23 +70,25 @@ class Sizes:
     steps: int = 40
     batch: int = 8
     validated: int = 32
-    tried: int = 24
+    tried: int = 20
     seeds: tuple[int, ...] = (0, 1, 2)
     seeded: tuple[str, ...] = ("LoRA", "SoftCoT")
-    headline: int = 140
-    compared: int = 56
-    transferred: int = 32
-    voted: int = 32
+    headline: int = 108
+    compared: int = 40
+    transferred: int = 28
+    voted: int = 24
     samples: int = 5
     numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     gridded: int = 16
+    carried: tuple[str, ...] = ("C",)
+    carried_steps: int = 20
     diagnosed: int = 16
     probed: int = 400
 
 
 # For an accelerator: longer training, and all test questions of GSM8K for pairs A and D.
 FULL = Sizes(
-    written=(("medium", 1536),),
+    written=(("medium", 1536), ("large", 512)),
     stretch=384,
     pilot_steps=60,
     wider=1,
@@ -92,10 +97,12 @@ FULL = Sizes(
     tried=160,
     seeded=TRAINED,
     headline=660,
-    compared=64,
-    transferred=40,
-    voted=40,
-    gridded=24,
+    compared=200,
+    transferred=100,
+    voted=100,
+    gridded=60,
+    carried=("A", "C"),
+    carried_steps=300,
     diagnosed=64,
     probed=600,
 )
@@ -116,6 +123,7 @@ SMALL = Sizes(
     samples=2,
     numbers=(1, 8),
     gridded=2,
+    carried_steps=1,
     diagnosed=2,
     probed=10,
 )
@@ -237,11 +245,38 @@ def tries(rate: float, sizes: Sizes) -> dict[str, Training]:
         "per-position projection": replace(plain, projection="per_position"),
         "two-layer projection": replace(plain, projection="mlp"),
         "standardized states": replace(plain, standardized=True, projection_init="matched"),
+        "trained embedding at the assistant's positions": replace(plain, chain_init="trained"),
+        "states of the question's tokens": replace(plain, thought_source="question_stretches"),
         "contrastive term": replace(plain, contrast=1.0),
         "contrastive term, thoughts as long as embeddings": replace(plain, contrast=1.0, projection_init="matched"),
         "twice as many steps": replace(plain, steps=2 * sizes.steps),
         "base as source": replace(plain, thought_source="base"),
     }
+
+
+def carried(sizes: Sizes) -> dict[tuple[str, str, bool], list[Training]]:
+    """Return longer training of SoftCoT that could carry more of the question, with each rate.
+
+    The keys are the pair, what is changed, and whether the base reads the question. If it does not, all that it can
+    know of the question comes from the thoughts.
+    """
+    found = {}
+    for pair in sizes.carried:
+        plain = Training(pair=pair, steps=sizes.carried_steps, batch=sizes.batch, validated=sizes.validated)
+        spread = replace(plain, standardized=True, projection_init="matched")
+        changed = {
+            "plain": plain,
+            "standardized states": spread,
+            "states of the question's tokens, standardized": replace(spread, thought_source="question_stretches"),
+            "trained embedding at the assistant's positions": replace(plain, chain_init="trained"),
+            "standardized states, contrastive term": replace(spread, contrast=1.0),
+        }
+        for name, training in changed.items():
+            for reads in (True, False):
+                if reads or not (training.chain_init or training.contrast):
+                    each = replace(training, blind=not reads)
+                    found[pair, name, reads] = [replace(each, learning_rate=rate) for rate in CARRIED_RATES]
+    return found
 
 
 def tried(training: Training, sizes: Sizes) -> dict[str, Evaluation]:
@@ -273,7 +308,7 @@ def all_tries(rates: Mapping[str, float], sizes: Sizes) -> list[Job]:
     jobs: list[Job] = [*spreads(sizes), *style(rates, sizes)]
     for training in tries(rates["SoftCoT"], sizes).values():
         jobs += [training, *tried(training, sizes).values()]
-    return jobs
+    return jobs + [training for trainings in carried(sizes).values() for training in trainings]
 
 
 def hours(jobs: Sequence[Job], cost: Callable[[Job], float] = seconds) -> float:

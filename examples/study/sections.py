@@ -227,6 +227,32 @@ questions is subtracted.
     return Section("What is projected", text)
 
 
+def carried(found: Found) -> Section | None:
+    """Longer training in the ways that could carry more of the question, also with a base that does not read it."""
+    rows: list[list[object]] = []
+    for (pair, name, reads), trainings in plan.carried(found.sizes).items():
+        results = [(found.result(job), job.learning_rate) for job in trainings]
+        done = [(result["losses"], rate) for result, rate in results if result]
+        if len(done) == len(trainings):
+            losses, rate = min(done, key=lambda each: each[0]["own"])
+            gaps = [f"{losses[each] - losses['own']:+.3f}" for each in ("other_question", "mean", "zero")]
+            rows.append([pair, "yes" if reads else "no", name, f"{rate:g}", f"{losses['own']:.3f}", *gaps])
+    if not rows:
+        return None
+    rates = " and ".join(f"{rate:g}" for rate in plan.CARRIED_RATES)
+    head = ["pair", "base reads the question", "what is changed", "rate", "loss"]
+    head += ["with another question's, more", "with average thoughts, more", "with zero vectors, more"]
+    text = f"""SoftCoT on the data set's own rationales, {found.sizes.carried_steps} steps of {found.sizes.batch} rows,
+each row once. Losses are in nats per token of {found.sizes.validated} validation rows; of the rates {rates}, the one
+with the lower loss. Where the base does not read the question, its prompt has a number in its place, and all that it
+can know of the question comes from the thoughts: what another question's cost more is what they carry. *States of the
+question's tokens* are not those of the thought positions, but the assistant's mean states over N stretches of the
+question.
+
+{table(head, rows)}"""
+    return Section("How much thoughts can carry", text)
+
+
 def tries(found: Found) -> Section | None:
     """Every try on the validation part, and the search for learning rates."""
     tried, rates = try_rows(found.store, found.sizes), rate_rows(found.store, found.sizes)
@@ -253,5 +279,6 @@ SECTIONS = (
     thoughts,
     probes,
     spreads,
+    carried,
     tries,
 )

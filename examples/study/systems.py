@@ -29,6 +29,7 @@ from transformers import (
 from softcot_peft import use_assistant
 from softcot_peft.live_rows import LiveRows
 
+from . import stretches as stretches  # registers its source
 from .jobs import Training
 from .tasks import between, rendered
 
@@ -234,8 +235,11 @@ def softcot(models: Models, training: Training, marked: bool = False) -> RealSof
     if training.thought_source == "base":
         reader, fields["thought_source"] = None, "base"
     else:
-        fields |= {"assistant_prompt": ASSISTANT_PROMPT, "assistant_prompt_between": list(DELIMITERS)}
-        fields |= {"assistant_dtype": models.dtype, "assistant_prefix": ASSISTANT_PREFIX if training.lead_in else None}
+        fields |= {"thought_source": training.thought_source, "chain_init": training.chain_init}
+        fields |= {"assistant_dtype": models.dtype, "assistant_prompt_between": list(DELIMITERS)}
+        if training.thought_source == "assistant":  # other sources read the question without a request
+            fields["assistant_prompt"] = ASSISTANT_PROMPT
+            fields["assistant_prefix"] = ASSISTANT_PREFIX if training.lead_in else None
         if training.depth < 1:
             reader = shallow_assistant(models.assistant, training.depth, models.dtype)
     if marked:

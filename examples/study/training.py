@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from softcot_peft import compute_thoughts, use_thoughts
 from softcot_peft.analysis import CONTROLS, with_thoughts
+from softcot_peft.analysis.active import source_of
 
 from .jobs import Training
 from .systems import batches
@@ -137,12 +138,23 @@ def losses(system: Baseline, rows: Rows, mean: Tensor | None) -> dict[str, float
     return found
 
 
-def precompute(system: SoftCoT, rows: Rows) -> None:
-    """Read the prompts once, so that training looks their thoughts up."""
-    compute = compute_thoughts(system.model)
+def precompute(system: SoftCoT, rows: Rows, asked: Rows | None = None) -> None:
+    """Read the prompts once, so that training looks their thoughts up.
+
+    Args:
+        system: The system.
+        rows: Rows whose prompts the base reads.
+        asked: Rows whose prompts the assistant reads instead, one for each of `rows`.
+    """
+    compute, source = compute_thoughts(system.model), source_of(system.model)
     parts = []
     for part in batches(sorted(range(len(rows)), key=lambda place: len(rows[place][0])), 16):
-        parts.append(compute({"input_ids": [rows[place][0] for place in part]}))
+        columns: dict[str, Any] = {"input_ids": [rows[place][0] for place in part]}
+        if asked is not None:
+            read = system.left_padded([asked[place][0] for place in part])
+            own = source.reader.read(*read, system.config.num_thought_tokens)
+            columns |= dict(zip(("assistant_input_ids", "assistant_attention_mask"), own, strict=True))
+        parts.append(compute(columns))
     joined: dict[str, Any] = {}
     for name in parts[0]:
         columns = [torch.as_tensor(part[name]) if name != "thoughts_fingerprint" else part[name] for part in parts]

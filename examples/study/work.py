@@ -22,7 +22,20 @@ from softcot_peft.analysis import (
 
 from . import data, probing, tasks, training
 from .jobs import Diagnosis, Evaluation, Job, Probe, Spread, Training, Writing
-from .made import SEEN, Setting, average, build, examples, keep, load, seen, system_of, training_rows, weights_file
+from .made import (
+    SEEN,
+    Setting,
+    average,
+    blinded,
+    build,
+    examples,
+    keep,
+    load,
+    seen,
+    system_of,
+    training_rows,
+    weights_file,
+)
 from .systems import Models, RealSoftCoT, RealZeroShot, softcot, unused_token
 
 Result = dict[str, Any]
@@ -87,17 +100,23 @@ def train(job: Training, setting: Setting) -> Result:
     system = build(job, setting)
     rows = examples("gsm8k", training_rows(job, setting), system)
     checked = examples("gsm8k", data.split("gsm8k", "validation", setting.data_dir)[: job.validated], system)
-    encoded, tested = system.rows(rows), system.rows(checked)
+    given = blinded([*rows, *checked], system) if job.blind else [*rows, *checked]
+    encoded = system.rows(given)
+    trained, tested = encoded[: len(rows)], encoded[len(rows) :]
     lengths = [len(row["question"]) + len(row["solution"]) for row in rows]
     steps = training.order(lengths, job.steps, job.batch, job.seed)
-    if isinstance(system, RealSoftCoT):
-        training.precompute(system, [*encoded, *tested])
+    if isinstance(system, RealSoftCoT) and job.chain_init != "trained":  # else, what is read changes with each step
+        training.precompute(system, encoded, system.rows([*rows, *checked]) if job.blind else None)
     before = training.loss(system, tested)
     began = time.monotonic()
     with training.finite_gradients(system):
-        history = training.learn(system, encoded, steps, job)
+        history = training.learn(system, trained, steps, job)
     training_seconds = time.monotonic() - began
-    mean = average(system, [row["prompt"] for row in rows[:SEEN]]) if isinstance(system, RealSoftCoT) else None
+    mean = (
+        average(system, [row["prompt"] for row in given[: min(SEEN, len(rows))]])
+        if isinstance(system, RealSoftCoT)
+        else None
+    )
     found = training.losses(system, tested, mean)
     if isinstance(system, RealSoftCoT):
         use_thoughts(system.model, None)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..attached import active
 from .active import computable
 from .fingerprint import refuse_stale
 from .lookup import ThoughtLookup
@@ -42,10 +43,10 @@ def use_thoughts(model: nn.Module, dataset: Any | None) -> None:
         use_thoughts(model, None)  # the assistant runs again
         ```
     """
-    _, source = computable(model)
     if dataset is None:
-        source.precomputed = None
+        active(model)[1].precomputed = None
         return
+    _, source = computable(model)
     lookup = ThoughtLookup(dataset)
     refuse_stale(lookup.fingerprints, source)
     lookup.refuse_conflicts()
