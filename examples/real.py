@@ -102,7 +102,7 @@ def identity(models: dict[str, str], data_dir: str | None) -> str:
 
 def sources() -> list[Path]:
     """Return the files that a result depends on; each result says in which state they were."""
-    names = ("data", "made", "probing", "systems", "tasks", "training", "work")
+    names = ("data", "made", "probing", "stretches", "systems", "tasks", "training", "work")
     code = [HERE / "study" / f"{name}.py" for name in names]
     evaluation = (HERE.parent / "evaluation").glob("*.*")
     return [*code, *HERE.glob("baselines/*.py"), *evaluation, *(HERE.parent / "softcot_peft").rglob("*.py")]
