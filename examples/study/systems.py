@@ -99,6 +99,7 @@ class Real(Baseline):
 
     def load_base(self) -> PreTrainedModel:
         """Load the base, frozen, with greedy decoding instead of its own settings."""
+        torch.backends.cuda.enable_cudnn_sdp(False)  # failed, or had NaN gradients, with padded rows (torch 2.11)
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype=getattr(torch, self.models.dtype))
         own, tokenizer = base.generation_config.eos_token_id, self.tokenizer
         ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -61,20 +61,6 @@ def losses_of(system: Baseline, rows: Rows) -> tuple[Tensor, int]:
     wanted = labels[:, 1 - kept :]
     predicted = wanted != -100
     return cross_entropy(logits[predicted].float(), wanted[predicted], reduction="sum"), tokens
-
-
-@contextmanager
-def finite_gradients(system: Baseline) -> Iterator[None]:
-    """Use eager attention on accelerators: in bfloat16, gradients were NaN without it (torch 2.11, H200)."""
-    base = getattr(system.model, "get_base_model", lambda: system.model)()
-    if base.device.type != "cuda":
-        yield
-        return
-    base.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation("sdpa")
 
 
 def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training: Training) -> list[float]:

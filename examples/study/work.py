@@ -109,8 +109,7 @@ def train(job: Training, setting: Setting) -> Result:
         training.precompute(system, encoded, system.rows([*rows, *checked]) if job.blind else None)
     before = training.loss(system, tested)
     began = time.monotonic()
-    with training.finite_gradients(system):
-        history = training.learn(system, trained, steps, job)
+    history = training.learn(system, trained, steps, job)
     training_seconds = time.monotonic() - began
     mean = (
         average(system, [row["prompt"] for row in given[: min(SEEN, len(rows))]])
