@@ -5,7 +5,7 @@ r"""Run the study of real models and write `docs/real-models.md` with its figure
 Parts: `rationales`, `pilot`, `tries`, `final`; without `--part` all of them in this order. `--plan` prints each part's
 jobs with estimated times and starts nothing. `--part protocol` writes what the pilot and the tries chose into
 docs/real-models-protocol.md, without which the final part refuses to touch the test files. `--part page` writes the
-page from what is finished.
+page from what is finished, and `--part adapters` copies the trained adapters of pairs A and B to examples/adapters/.
 
 FOLDER has a subfolder for each model: two or three, told apart by the size of their weights. Without it, models are
 loaded from the Hub. Each job writes a file, so an interrupted run resumes where it stopped. Jobs run one after the
@@ -31,10 +31,11 @@ from results.runner import quiet, run, workers
 from results.store import Store
 from sources import check_source
 from study import plan, protocol
+from study.adapters import publish
 from study.final import Final
 from study.jobs import Job
 from study.made import Setting, code_state
-from study.page import write
+from study.page import finished, write
 from study.work import perform
 
 HERE = Path(__file__).parent
@@ -54,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--models", type=Path, help="folder with a subfolder for each model; default: models from the Hub")
     add("--data-dir", help="folder with the original files of the data sets, instead of the Hub")
     add("--note", default="", help="a sentence about the models for the page, such as how their weights were made")
-    add("--part", choices=[*plan.PARTS, "protocol", "page"], help="default: all parts in order")
+    add("--part", choices=[*plan.PARTS, "protocol", "page", "adapters"], help="default: all parts in order")
     add("--plan", action="store_true", help="print the jobs of the parts with estimated times, and start nothing")
     add("--output-dir", type=Path, default=Path("runs/real"), help="folder of the results")
     add("--docs", type=Path, default=HERE.parent / "docs", help="folder of the protocol, the page and its figures")
@@ -179,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_part(part, store, sizes, setting, args.docs, pool)
     if args.part == "protocol":
         print(protocol.write(args.docs, store, sizes))
+    elif args.part == "adapters":
+        folder = args.docs.parent / "examples" / "adapters"
+        for made in publish(finished(store, sizes, setting, args.docs), setting, HUB, folder, args.note):
+            print(f"Wrote {made}.")
     elif args.part == "page" or "final" in parts:
         write(store, sizes, setting, args.docs, args.note)
         print(f"Wrote {args.docs / 'real-models.md'}.")

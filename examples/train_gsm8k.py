@@ -36,7 +36,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
 from loss_plot import save_loss_plot
 from peft import PeftModel, get_peft_model
-from precision import has_fast_bfloat16
+from precision import avoid_cudnn_attention, has_fast_bfloat16
 from problems import DELIMITERS, Example, Row, encode_example, encode_prompt, is_correct, load_rows
 from rationales import own_rationales
 from sources import check_source
@@ -373,6 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and reload."""
     args = parse_args(argv)
     set_seed(args.seed)
+    avoid_cudnn_attention()
     config = make_config(args)
     tokenizer = load_tokenizer(args, config)
     rows = load_rows(args.eval_file, "test", args.max_eval_samples)

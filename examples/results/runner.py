@@ -71,18 +71,28 @@ def in_pool(
     pool: Executor,
     ready: Callable[[Any], bool] = lambda job: True,
 ) -> Iterator[tuple[Any, Result]]:
-    """Yield each job with its result as soon as it is available. A job starts when it is ready, or no other runs."""
+    """Yield each job with its result as soon as it is available. A job starts when it is ready, or no other runs.
+
+    After a failure no other job starts, but those that run are finished and yielded first.
+    """
     waiting, running = list(jobs), {}
+    failed: tuple[Any, BaseException] | None = None
     while waiting or running:
         able = [job for job in waiting if ready(job)] or (waiting if not running else [])
         running |= {pool.submit(work, job, *arguments): job for job in able}
         waiting = [job for job in waiting if job not in able]
-        done = wait(running, return_when=FIRST_COMPLETED).done
-        for future in sorted(done, key=lambda future: future.exception() is not None):  # store results before raising
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
             job = running.pop(future)
-            if future.exception() is not None:
-                raise RuntimeError(f"The job {job.name!r} failed.") from future.exception()
-            yield job, future.result()
+            if future.cancelled():
+                continue
+            if error := future.exception():
+                failed, waiting = failed or (job, error), []
+                for other in running:
+                    other.cancel()
+            else:
+                yield job, future.result()
+    if failed is not None:
+        raise RuntimeError(f"The job {failed[0].name!r} failed.") from failed[1]
 
 
 def run(

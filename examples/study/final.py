@@ -36,6 +36,7 @@ class Final:
     def training(self, system: str, **changes: Any) -> Training:
         """Return the training of a system, as chosen but for some fields."""
         chosen = Training(system=system, **self.choices[system])
+        changes.setdefault("steps", min(chosen.steps, self.sizes.steps))  # smaller studies train shorter
         pair = changes.get("pair")
         if pair and PAIRS[pair][0] not in dict(self.sizes.written):
             changes["rationales"] = "human"  # this base has written none of its own

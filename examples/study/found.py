@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from results.paired import Paired, paired
+from results.paired import Difference, Paired, difference, paired
 from results.statistics import Share, share
 from results.store import Store
 
@@ -60,6 +60,13 @@ class Found:
         if one["ids"][:asked] != other["ids"][:asked]:
             raise ValueError(f"{first.name} and {second.name} must have the same questions, but they differ.")
         return paired(one["right"][:asked], other["right"][:asked])
+
+    def difference(
+        self, first: Evaluation | Sequence[Evaluation], second: Evaluation | Sequence[Evaluation]
+    ) -> Difference | None:
+        """Return the first one's share of right answers minus the second one's; None unless both are finished."""
+        one, other = self.right(first), self.right(second)
+        return None if one is None or other is None else difference(one, other)
 
 
 def complete(rows: Iterable[Sequence[object]]) -> list[list[object]]:

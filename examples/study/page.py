@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blocks import write_whole
+from blocks import write_block, write_whole
 from results.page import written
 from results.store import Store
 
@@ -18,6 +18,7 @@ from .made import Setting
 from .plan import FIRST_RATES, Sizes, all_tries, pilots, rates_of
 from .protocol import NAME, choices, read
 from .sections import SECTIONS
+from .short import for_readme
 
 HEAD = """# Real models
 
@@ -59,8 +60,18 @@ def known_jobs(found: Found) -> list[Job]:
     return jobs
 
 
+def finished(store: Store, sizes: Sizes, setting: Setting, docs: Path) -> Found:
+    """Return what is finished, with the protocol's choices."""
+    try:
+        chosen = read(docs)
+    except ValueError:  # before the protocol is complete, nothing of the final part is finished
+        rates = {system: rates[1] for system, rates in FIRST_RATES.items()}
+        chosen = choices(rates, {}, sizes)
+    return Found(store, Final(chosen, sizes, tuple(setting.models)), sizes)
+
+
 def write(store: Store, sizes: Sizes, setting: Setting, docs: Path, note: str = "") -> None:
-    """Write the page from what is finished.
+    """Write the page from what is finished, and its table in the README next to `docs`, if there is one.
 
     Args:
         store: Results of the finished jobs.
@@ -69,12 +80,7 @@ def write(store: Store, sizes: Sizes, setting: Setting, docs: Path, note: str = 
         docs: Folder of the page; figures are written to its subfolder `figures`.
         note: A sentence about the models.
     """
-    try:
-        chosen = read(docs)
-    except ValueError:  # before the protocol is complete, nothing of the final part is finished
-        rates = {system: rates[1] for system, rates in FIRST_RATES.items()}
-        chosen = choices(rates, {}, sizes)
-    found = Found(store, Final(chosen, sizes, tuple(setting.models)), sizes)
+    found = finished(store, sizes, setting, docs)
     names = {size: Path(name).name for size, name in setting.models.items()}
     head = HEAD.format(
         models=", ".join(f"{size}: `{name}`" for size, name in names.items()),
@@ -87,3 +93,6 @@ def write(store: Store, sizes: Sizes, setting: Setting, docs: Path, note: str = 
     )
     sections = [section for make in SECTIONS if (section := make(found)) is not None]
     write_whole(docs / "real-models.md", "\n".join([head, *written(sections, docs)]))
+    readme, block = docs.parent / "README.md", for_readme(found)
+    if block is not None and readme.exists():
+        write_block(readme, "real", block)

@@ -22,7 +22,7 @@ FIRST_RATES = {
     "LoRA": (1e-4, 3e-4, 1e-3),
     "SoftCoT": (3e-4, 1e-3, 3e-3),
 }
-CARRIED_RATES = (1e-3, 1e-4)  # the pilot's would be too high for states that are standardized
+CARRIED_RATES = (1e-4, 1e-3)
 CONTROLS = ("other_question", "mean", "zero")  # beside every SoftCoT figure; the headline has all
 ALL_CONTROLS = (*CONTROLS, "random_projection")
 # Seconds on two cores in bfloat16, by the size of the base: of a training row and of an answer in a batch of 16. A
@@ -57,6 +57,7 @@ class Sizes:
         numbers: N.
         gridded: Questions of each cell of N in training by N at inference.
         carried: Pairs whose thoughts are trained in every way that could carry more of the question.
+        carried_plain: Pairs whose thoughts are trained so without any of these ways.
         carried_steps: Optimizer steps of that training, at each of `CARRIED_RATES`.
         diagnosed: Questions whose thoughts are described.
         probed: Questions of the probe.
@@ -73,15 +74,16 @@ class Sizes:
     tried: int = 20
     seeds: tuple[int, ...] = (0, 1, 2)
     seeded: tuple[str, ...] = ("LoRA", "SoftCoT")
-    headline: int = 108
-    compared: int = 40
-    transferred: int = 28
-    voted: int = 24
+    headline: int = 80
+    compared: int = 24
+    transferred: int = 20
+    voted: int = 20
     samples: int = 5
     numbers: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    gridded: int = 16
+    gridded: int = 10
     carried: tuple[str, ...] = ("C",)
-    carried_steps: int = 20
+    carried_plain: tuple[str, ...] = ()
+    carried_steps: int = 14
     diagnosed: int = 16
     probed: int = 400
 
@@ -101,7 +103,7 @@ FULL = Sizes(
     transferred=60,
     voted=60,
     gridded=32,
-    carried=("C", "A"),
+    carried_plain=("A",),
     carried_steps=160,
     diagnosed=64,
     probed=600,
@@ -261,7 +263,7 @@ def carried(sizes: Sizes) -> dict[tuple[str, str, bool], list[Training]]:
     know of the question comes from the thoughts.
     """
     found = {}
-    for pair in sizes.carried:
+    for pair in (*sizes.carried, *sizes.carried_plain):
         plain = Training(pair=pair, steps=sizes.carried_steps, batch=sizes.batch, validated=sizes.validated)
         spread = replace(plain, standardized=True, projection_init="matched")
         changed = {
@@ -272,6 +274,8 @@ def carried(sizes: Sizes) -> dict[tuple[str, str, bool], list[Training]]:
             "standardized states, contrastive term": replace(spread, contrast=1.0),
         }
         for name, training in changed.items():
+            if pair in sizes.carried_plain and training != plain:
+                continue
             for reads in (True, False):
                 if reads or not (training.chain_init or training.contrast):
                     each = replace(training, blind=not reads)

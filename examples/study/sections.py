@@ -16,6 +16,7 @@ from .found import Found, complete
 from .jobs import PAIRS, TRAINED, TRANSFERS, UNTRAINED, Evaluation
 from .plan import ALL_CONTROLS, CONTROLS
 from .protocol import RATE_HEAD, TRY_HEAD, rate_rows, try_rows
+from .short import in_short
 
 
 def known(shares: Mapping[str, Share | None]) -> dict[str, Share]:
@@ -269,6 +270,7 @@ Learning rates, by the loss per token after {found.sizes.pilot_steps} steps:
 
 
 SECTIONS = (
+    in_short,
     headline,
     paired_tests,
     style,

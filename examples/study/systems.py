@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from baselines import AssistCoT, Baseline, CotUnk, Lora, PromptTuning, SoftCoT, TrainedPlaceholders, ZeroShot
 from baselines.cot_unk import Placeholders
+from precision import avoid_cudnn_attention
 from torch import Tensor
 from train_gsm8k import ASSISTANT_PREFIX, ASSISTANT_PROMPT, DELIMITERS
 from transformers import (
@@ -99,7 +100,7 @@ class Real(Baseline):
 
     def load_base(self) -> PreTrainedModel:
         """Load the base, frozen, with greedy decoding instead of its own settings."""
-        torch.backends.cuda.enable_cudnn_sdp(False)  # failed, or had NaN gradients, with padded rows (torch 2.11)
+        avoid_cudnn_attention()
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype=getattr(torch, self.models.dtype))
         own, tokenizer = base.generation_config.eos_token_id, self.tokenizer
         ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

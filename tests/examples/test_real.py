@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import source_of
 from project_files import EXAMPLES, process_environment
 from tiny_pair import Pair, make_base
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -23,13 +24,16 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 sys.path.append(str(EXAMPLES))
 import real
-from results.paired import paired
+from results.paired import difference, paired
 from results.runner import run
 from results.store import Store
+from scipy.stats import ttest_1samp
 from small_data import write_data
-from study import data, made, plan, probing, protocol, systems, tasks, training
+from study import data, made, plan, probing, protocol, systems, tasks, training, work
+from study.adapters import public
 from study.final import Final
 from study.jobs import PAIRS, TRAINED, TRANSFERS, UNTRAINED, Evaluation, Training, asked
+from study.stretches import stretched
 
 from softcot_peft.analysis import collect_thoughts
 
@@ -84,6 +88,7 @@ def models(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(models: Path, data_dir: str, tmp_path: Path) -> list[str]:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / protocol.NAME).write_text(PROTOCOL, encoding="utf-8")
+    (tmp_path / "README.md").write_text("<!-- real:begin -->\n<!-- real:end -->\n", encoding="utf-8")
     places = ["--models", str(models), "--data-dir", data_dir, "--output-dir", str(tmp_path / "runs")]
     return [*places, "--docs", str(tmp_path / "docs"), "--size", "trial", "--dtype", "float32"]
 
@@ -98,6 +103,26 @@ def half_right(task: str, row: dict[str, Any], text: str) -> str:
     return str(row["answer"]) if int(data.digest(row["question"] + text)[:8], 16) % 4 else "wrong"
 
 
+def check_published(root: Path) -> None:
+    """Check the table in the README, and the adapters of pairs A and B."""
+    table = (root / "README.md").read_text(encoding="utf-8").partition("<!-- real:begin -->")[2]
+    assert "| pair A | pair B |" in table
+    assert re.search(r"\| SoftCoT, another question's as thoughts \| [\d.]+ \[", table)
+    for heads in (4, 6):
+        folder = root / "examples" / "adapters" / f"gsm8k-heads{heads}"
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert re.search(r"\| SoftCoT, zero vectors \| [\d.]+ \[", card)
+        assert "Work this out one step at a time" in card
+        written = card + (folder / "adapter_config.json").read_text(encoding="utf-8")
+        assert str(root) not in written
+        assert f"local:heads{heads}" in written
+
+
 def test_the_whole_study_with_next_to_nothing_of_everything(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,8 +134,13 @@ def test_the_whole_study_with_next_to_nothing_of_everything(
         real.main([*options, "--part", "final"])
     for part in ("protocol", "final"):
         real.main([*options, "--part", part])
+    with pytest.warns(UserWarning, match="must be a Hub id"):  # of the tiny models
+        real.main([*options, "--part", "adapters"])
+    check_published(tmp_path)
     page = (tmp_path / "docs" / "real-models.md").read_text(encoding="utf-8")
     for title in (
+        "In short",
+        "How much thoughts can carry",
         "Accuracy",
         "Paired tests",
         "Own and human rationales",
@@ -426,3 +456,73 @@ def test_standardized_states_differ_between_questions_and_load_the_same(setting:
     torch.testing.assert_close(again, found[1])
     system.model.peft_config["default"].inference_num_thought_tokens = 5  # more than in training
     assert collect_thoughts(system.model, system.tokenizer, prompts, **options).shape[1] == 5
+
+
+def test_only_the_assistant_reads_the_question_of_a_blind_base(setting: made.Setting, data_dir: str) -> None:
+    job = Training(thoughts=2, blind=True)
+    system = made.build(job, setting)
+    rows = made.examples("gsm8k", data.split("gsm8k", "training", data_dir)[:6], system)
+    blind, sighted = system.rows(made.blinded(rows, system)), system.rows(rows)
+    for row, (prompt, response), (_, same) in zip(rows, blind, sighted, strict=True):
+        assert row["question"] not in system.tokenizer.decode(prompt)
+        assert response == same
+    read = probing.states(system, sighted)
+    training.precompute(system, blind, sighted)
+    source = source_of(system.model)
+    for prompt, states in zip((prompt for prompt, _ in blind), read, strict=True):
+        ids = torch.tensor([prompt])
+        torch.testing.assert_close(source.precomputed.find(ids, torch.ones_like(ids), 2).flatten(), states)
+    result = work.train(job, setting)
+    assert result["losses"]["own"] != result["losses"]["other_question"]
+
+
+def test_a_trained_embedding_moves_and_is_loaded_again(setting: made.Setting, data_dir: str) -> None:
+    job = Training(thoughts=2, chain_init="trained", steps=2, batch=2, validated=2, learning_rate=0.1)
+    begun = source_of(made.build(job, setting).model).chains.weight.detach().clone()
+    work.train(job, setting)
+    trained = source_of(made.load(job, setting).model).chains.weight
+    assert not torch.equal(trained, begun)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 9])
+def test_stretches_of_a_question_are_means_of_its_tokens(number: int) -> None:
+    lengths, wide = (7, 3, 5), 8
+    states = torch.randn(3, wide, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * (wide - length) + [1] * length for length in lengths])
+    found = stretched(states, mask, number)
+    assert found.shape == (3, number, 4)
+    for row, length in enumerate(lengths):
+        tokens = states[row, wide - length :]
+        for place in range(number):
+            first = place * length // number
+            last = max((place + 1) * length // number, first + 1)
+            torch.testing.assert_close(found[row, place], tokens[first:last].mean(0))
+
+
+def test_states_of_the_question_do_not_depend_on_other_rows(setting: made.Setting, data_dir: str) -> None:
+    system = made.build(Training(thoughts=3, thought_source="question_stretches"), setting)
+    rows = made.examples("gsm8k", data.split("gsm8k", "training", data_dir)[:5], system)
+    prompts = [row["prompt"] + " " * (3 * place) for place, row in enumerate(rows)]
+    options = {"padding_side": "left", "add_special_tokens": False}
+    together = collect_thoughts(system.model, system.tokenizer, prompts, **options)
+    alone = [collect_thoughts(system.model, system.tokenizer, [prompt], **options) for prompt in prompts]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_difference_has_the_interval_of_a_paired_test() -> None:
+    first, second = [[1, 1, 0, 1, 0], [1, 0, 0, 1, 1]], [[0, 1, 0, 0, 0]]
+    found = difference(first, second)
+    means = [100 * ((a + b) / 2 - c) for a, b, c in zip(*first, *second, strict=True)]
+    wanted = ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (found.mean, found.low, found.high) == pytest.approx((sum(means) / 5, wanted.low, wanted.high))
+    assert not found.beyond_chance
+    assert difference([[1] * 9 + [0]], [[0] * 10]).beyond_chance
+    with pytest.raises(ValueError, match="answers to the same questions"):
+        difference([[1, 0]], [[1]])
+
+
+def test_models_have_their_public_names_only_if_their_folders_do() -> None:
+    hub = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert public("models/qwen2.5-coder-0.5b", hub) == hub
+    assert public(hub, hub) == hub
+    assert public("models/mine", hub) == "models/mine"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -20,6 +25,7 @@ import report
 import small_pair
 from results import figures, jobs, sections, variants, work
 from results.jobs import Making, Run, experiments, makings, tuning
+from results.runner import run
 from results.statistics import Share, share, votes
 from results.store import Store, fingerprint
 from results.work import SMALL, Sizes
@@ -129,6 +135,45 @@ def test_what_is_done_is_not_done_again_and_a_failure_names_its_job(
     report.do(todo, store, Sizes(), tmp_path, Serial(), "jobs")
     assert asked == [0, 1, 2, 3, 2]
     assert [store[job]["right"] for job in todo] == [[0], [1], [2], [3]]
+
+
+def test_jobs_that_run_when_another_fails_are_finished_and_stored(tmp_path: Path) -> None:
+    store, begun, failed = Store(tmp_path), Event(), Event()
+    broken, slow, late = (Run("LoRA", seed=seed) for seed in range(3))
+
+    def work(job: Run) -> dict[str, Any]:
+        if job == broken:
+            begun.wait()
+            failed.set()
+            raise RuntimeError("no memory")
+        begun.set()
+        failed.wait()
+        time.sleep(0.2)  # until the failure is noticed
+        return {"right": [job.seed]}
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(RuntimeError, match="The job 'LoRA_words_seed0"):
+        run([broken, slow, late], store, "jobs", work, pool=pool, needs=lambda job: [slow] if job == late else [])
+    assert slow in store
+    assert late not in store
+
+
+def test_a_new_field_does_not_rename_old_results(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        name: str = "inner"
+        added: int = 0
+
+    @dataclass(frozen=True)
+    class Job:
+        name: str
+        size: int = 1
+        of: Any = None
+
+    store = Store(tmp_path)
+    plain = json.dumps({"name": "a"})
+    assert store.path(Job("a")).name == f"a.{hashlib.sha256(plain.encode()).hexdigest()[:8]}.json"
+    known = [Job("a"), Job("a", 2), Job("a", of=Inner()), Job("a", of=Inner(added=1)), Job("a", of=Inner("b"))]
+    assert len({store.path(job) for job in known}) == len(known)
 
 
 def test_the_rate_with_the_most_right_answers_is_taken_then_the_least_loss(tmp_path: Path) -> None:

@@ -24,7 +24,11 @@ PAGES = sorted(DOCS.glob("*.md"))
 # Pages of the site that stand elsewhere in the repository; docs/site_hooks.py adds them.
 FROM_OUTSIDE = {"security.md", "changelog.md", "tests.md", "evaluation-tasks.md", "contributing.md", "release.md"}
 # Messages that are not this package's.
-OF_OTHERS = ("KeyError: 'SOFTCOT'", "The version of PEFT you are using is not compatible")
+OF_OTHERS = (
+    "KeyError: 'SOFTCOT'",
+    "The version of PEFT you are using is not compatible",
+    "Expected mha_graph.execute",
+)
 PUBLIC_MODULES = ("softcot_peft", "softcot_peft.sources", "softcot_peft.precompute", "softcot_peft.serving")
 # Without `__all__`: whatever they define is public.
 WHOLE_MODULES = ("softcot_peft.analysis", "softcot_peft.convert", "softcot_peft.live_rows")

@@ -332,6 +332,7 @@ def test_states_of_trained_chains_are_computed_once_for_inference(pair: Pair, tm
     model = attach(pair)
     with pytest.raises(ValueError, match="`chain_init` must be 'fixed' for thoughts that are computed once"):
         compute_thoughts(model)
+    use_thoughts(model, None)  # nothing to forget
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(pair.load_base(), tmp_path).eval()
     columns = compute_thoughts(loaded)({"input_ids": pair.rows(QUESTIONS)})
