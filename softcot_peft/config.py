@@ -51,31 +51,32 @@ class SoftCoTConfig(PeftConfig):
             `assistant_prompt`, `assistant_prefix` or `assistant_prompt_between` changes the text.
         tokenizer_name_or_path: Hub id or folder of the base's tokenizer if it is not with the base.
         assistant_dtype: Dtype to load the assistant in, such as `"bfloat16"`. `"auto"`: the checkpoint's dtype.
-        thought_source: Name of the thought source that reads the prompt: `"assistant"`; `"base"`, the base itself,
-            without a second model (Self-SoftCoT, ACL 2026); or a name registered with
-            [`~softcot_peft.sources.register_source`].
+        thought_source: Name of the thought source that reads the prompt: `"assistant"` (arXiv 2502.12134, section 3);
+            `"base"`, the base itself, without a second model (Self-SoftCoT, ACL 2026, long paper 1496, abstract); or a
+            name registered with [`~softcot_peft.sources.register_source`].
         projection: Name of the module that maps the source's states to soft thoughts. `"linear"`: one layer (section 3
             of arXiv 2502.12134); `"mlp"`: two, with a GELU between them; `"per_position"`: a layer for each thought
-            position (Self-SoftCoT); or a name registered with [`~softcot_peft.sources.register_projection`].
+            position (the position-aware independent projection of Self-SoftCoT's abstract); or a name registered with
+            [`~softcot_peft.sources.register_projection`].
         projection_init: `"default"`: the default initialisation of linear layers. `"identity"`: thoughts begin as the
             source's states, which must be as wide as the base's embeddings. `"zero"`: thoughts begin as zero vectors.
-            `"matched"`: as `"default"`, scaled so that thoughts begin with the norm of the base's token embeddings.
+            Self-SoftCoT begins with one of these two. `"matched"`: as `"default"`, scaled so that thoughts begin with
+            the norm of the base's token embeddings.
         init_weights: `True`: the default initialisation of a linear layer. `False`: random values large enough for
             tests to see an effect.
         two_pass_training: Whether training steps run the prompts without gradient into a KV cache, and only thoughts
             and responses with gradient, if the base supports it. Loss and gradients are the same, in half the time;
             `logits` of the output is `None`. `False`: always one pass, with logits.
-        num_chains: K, the number of chains of SoftCoT++ (arXiv 2505.11484). Each is another run of thoughts for the
-            same prompt: training averages the loss over all, and `generate` answers once for each.
+        num_chains: K, the number of chains of SoftCoT++ (arXiv 2505.11484, abstract). Each is another run of thoughts
+            for the same prompt: training averages the loss over all, and `generate` answers once for each.
         chain_init: What stands at the assistant's thought positions in each chain. `"trained"`: an embedding of its
-            own, trained with the projection: the specialized initial tokens of arXiv 2505.11484. `"fixed"`: the
-            embedding of a token, as in the published code. `None`: as `"trained"` if there are several chains, else
+            own, trained with the projection: the specialized initial tokens of that abstract. `"fixed"`: the embedding
+            of a token, as in the published code. `None`: as `"trained"` if there are several chains, else
             `assistant_thought_token`.
         chain_token_ids: Ids of the assistant's tokens whose embeddings the chains begin with, K of them. `None`:
             spread evenly over its vocabulary.
-        contrastive_weight: Weight of the term that keeps the chains apart (the contrastive learning of arXiv
-            2505.11484), relative to the mean loss of the chains. The paper adds the term to their sum, which is a
-            weight of 1 / K.
+        contrastive_weight: Weight of the term that keeps the chains apart (the contrastive learning of that abstract),
+            relative to the mean loss of the chains. The paper adds the term to their sum, which is a weight of 1 / K.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.
         base_hidden_size: Width of the base's input embeddings. Written on save, checked on load.
         softcot_peft_version: Version of this package that saved the adapter.
