@@ -257,7 +257,7 @@ def tries(rate: float, sizes: Sizes) -> dict[str, Training]:
 
 
 def carried(sizes: Sizes) -> dict[tuple[str, str, bool], list[Training]]:
-    """Return longer training of SoftCoT that could carry more of the question, with each rate.
+    """Return trainings of SoftCoT in ways that could carry more of the question, with each rate.
 
     The keys are the pair, what is changed, and whether the base reads the question. If it does not, all that it can
     know of the question comes from the thoughts.

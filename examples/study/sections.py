@@ -229,7 +229,7 @@ questions is subtracted.
 
 
 def carried(found: Found) -> Section | None:
-    """Longer training in the ways that could carry more of the question, also with a base that does not read it."""
+    """Training in the ways that could carry more of the question, also with a base that does not read it."""
     rows: list[list[object]] = []
     for (pair, name, reads), trainings in plan.carried(found.sizes).items():
         results = [(found.result(job), job.learning_rate) for job in trainings]

@@ -135,12 +135,12 @@ def precompute(system: SoftCoT, rows: Rows, asked: Rows | None = None) -> None:
     compute, source = compute_thoughts(system.model), source_of(system.model)
     parts = []
     for part in batches(sorted(range(len(rows)), key=lambda place: len(rows[place][0])), 16):
-        columns: dict[str, Any] = {"input_ids": [rows[place][0] for place in part]}
+        given: dict[str, Any] = {"input_ids": [rows[place][0] for place in part]}
         if asked is not None:
             read = system.left_padded([asked[place][0] for place in part])
             own = source.reader.read(*read, system.config.num_thought_tokens)
-            columns |= dict(zip(("assistant_input_ids", "assistant_attention_mask"), own, strict=True))
-        parts.append(compute(columns))
+            given |= dict(zip(("assistant_input_ids", "assistant_attention_mask"), own, strict=True))
+        parts.append(compute(given))
     joined: dict[str, Any] = {}
     for name in parts[0]:
         columns = [torch.as_tensor(part[name]) if name != "thoughts_fingerprint" else part[name] for part in parts]
