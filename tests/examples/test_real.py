@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import source_of
 from project_files import EXAMPLES, process_environment
+from safetensors import safe_open
 from tiny_pair import Pair, make_base
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -35,6 +36,7 @@ from study.final import Final
 from study.jobs import PAIRS, TRAINED, TRANSFERS, UNTRAINED, Evaluation, Training, asked
 from study.stretches import stretched
 
+from softcot_peft import SoftCoTConfig
 from softcot_peft.analysis import collect_thoughts
 
 PROTOCOL = "# Protocol\n\n<!-- choices:begin -->\nChosen by the pilot.\n<!-- choices:end -->\n"
@@ -526,3 +528,25 @@ def test_models_have_their_public_names_only_if_their_folders_do() -> None:
     assert public("models/qwen2.5-coder-0.5b", hub) == hub
     assert public(hub, hub) == hub
     assert public("models/mine", hub) == "models/mine"
+
+
+ADAPTERS = sorted((EXAMPLES / "adapters").iterdir())
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_an_adapter_in_the_repository_is_whole_and_names_public_models(folder: Path) -> None:
+    config = SoftCoTConfig.from_pretrained(folder)
+    names = config.base_model_name_or_path, config.assistant_model_name_or_path
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in names)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"https://huggingface.co/{name}" in card for name in names)
+    assert all(f"| SoftCoT, {label} | " in card for label in ("another question's", "average", "zero vectors"))
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {name.rpartition(".")[2]: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    hidden = config.base_hidden_size, config.assistant_hidden_size
+    assert shapes == {"weight": list(hidden), "bias": [hidden[0]]}
+
+
+def test_the_adapters_in_the_repository_are_small() -> None:
+    assert len(ADAPTERS) == 2
+    assert sum(path.stat().st_size for folder in ADAPTERS for path in folder.iterdir()) < 16e6
