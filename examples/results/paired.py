@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest
+
+from .statistics import half_interval
 
 
 @dataclass(frozen=True)
@@ -82,5 +84,5 @@ def difference(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) 
         raise ValueError(f"`first` and `second` must hold answers to the same questions, two or more, got {asked}.")
     one, other = ([mean(answers) for answers in zip(*runs, strict=True)] for runs in (first, second))
     found = [100 * (a - b) for a, b in zip(one, other, strict=True)]
-    half = float(t.ppf(0.975, len(found) - 1)) * stdev(found) / len(found) ** 0.5
-    return Difference(mean(found), mean(found) - half, mean(found) + half)
+    middle, half = mean(found), half_interval(found)
+    return Difference(middle, middle - half, middle + half)

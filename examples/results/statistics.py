@@ -25,6 +25,11 @@ class Share:
         return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
+def half_interval(values: Sequence[float]) -> float:
+    """Return half the width of Student's 95 % interval of a mean."""
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+
+
 def share(runs: Runs, same_questions: bool = False) -> Share:
     """Return the mean over seeds with the wider of two 95 % intervals.
 
@@ -44,7 +49,7 @@ def share(runs: Runs, same_questions: bool = False) -> Share:
     shares = [mean(run) for run in runs]
     middle, questions = mean(shares), len(runs[0]) if same_questions else sum(map(len, runs))
     wilson = binomtest(round(middle * questions), questions).proportion_ci(0.95, method="wilson")
-    half = float(t.ppf(0.975, len(shares) - 1)) * stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
+    half = half_interval(shares) if len(shares) > 1 else 0.0
     low, high = min(float(wilson.low), middle - half), max(float(wilson.high), middle + half)
     return Share(middle, max(low, 0.0), min(high, 1.0))
 

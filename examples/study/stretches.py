@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcot_peft.sources import AssistantSource, Prompts, register_source
+from softcot_peft.sources import AssistantSource, register_source
 
 
 def stretched(states: Tensor, mask: Tensor, number: int) -> Tensor:
@@ -41,29 +41,13 @@ class QuestionStretches(AssistantSource):
         base: The base LM.
     """
 
-    def read(self, prompts: Prompts, num_thoughts: int) -> Tensor:
-        """Return the mean states, `(B, 1, N, H_assistant)`."""
-        ids, mask = self.reader.read(prompts.input_ids, prompts.attention_mask, num_thoughts)
-        return self.means(ids, mask, num_thoughts, prompts.device)
-
-    def read_own(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_thoughts: int,
-        rows: int,
-        device: torch.device,
-        chains: tuple[int, ...] = (0,),
+    def _run(
+        self, ids: Tensor, mask: Tensor, num_thoughts: int, device: torch.device, chains: tuple[int, ...]
     ) -> Tensor:
-        """As `read`, for an assistant input `(B, P + N)`."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.means(input_ids, mask, num_thoughts, device)
-
-    def means(self, ids: Tensor, mask: Tensor, number: int, device: torch.device) -> Tensor:
-        """Read ids `(B, P + N)` without their N thought positions."""
-        ids, mask = ids[:, :-number], mask[:, :-number]
+        """Read `(B, P + N)` without its N thought positions, and return the mean states, `(B, 1, N, H_assistant)`."""
+        ids, mask = ids[:, :-num_thoughts], mask[:, :-num_thoughts]
         states = self.assistant.hidden_states(ids, mask, ids.shape[1], device, self)
-        return stretched(states, mask.to(device), number)[:, None]
+        return stretched(states, mask.to(device), num_thoughts)[:, None]
 
     def fingerprint(self) -> dict[str, Any]:
         """As of the source `"assistant"`, with another name."""
