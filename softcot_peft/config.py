@@ -73,8 +73,8 @@ class SoftCoTConfig(PeftConfig):
             own, trained with the projection: the specialized initial tokens of that abstract. `"fixed"`: the embedding
             of a token, as in the published code. `None`: as `"trained"` if there are several chains, else
             `assistant_thought_token`.
-        chain_token_ids: Ids of the assistant's tokens whose embeddings the chains begin with, K of them. `None`:
-            spread evenly over its vocabulary.
+        chain_token_ids: Ids of the assistant's tokens whose embeddings the chains begin with, K of them: the initial
+            tokens of that abstract. `None`: spread evenly over its vocabulary.
         contrastive_weight: Weight of the term that keeps the chains apart (the contrastive learning of that abstract),
             relative to the mean loss of the chains. The paper adds the term to their sum, which is a weight of 1 / K.
         assistant_hidden_size: Width of the assistant's last hidden states. Written on save, checked on load.

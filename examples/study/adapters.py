@@ -36,7 +36,7 @@ license: apache-2.0
 The adapter of pair {pair} of the project's study of real models, seed {seed}: {thoughts} thoughts, {steps} training
 steps of {batch} rows of GSM8K. {rationales}
 
-**It gains nothing that can be measured.** It is here to be loaded, inspected and compared with:
+**{verdict}**: {gain} points against the base alone, paired. It is here to be loaded, inspected and compared with:
 
 {scores}
 Greedy decoding, {asked} test questions of GSM8K, in bfloat16. The rows below SoftCoT have other vectors in the place
@@ -92,6 +92,7 @@ def publish(found: Found, setting: Setting, hub: Mapping[str, str], folder: Path
         config = json.loads((trained / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
         config |= {"base_model_name_or_path": base, "assistant_model_name_or_path": assistant}
         write_whole(target / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+        gain = found.difference(tuned, evaluated(found, pair, "zero-shot"))
         first, last = (text.strip() for text in config["assistant_prompt_between"])
         text = CARD.format(
             base=Path(base).name,
@@ -102,6 +103,8 @@ def publish(found: Found, setting: Setting, hub: Mapping[str, str], folder: Path
             steps=job.steps,
             batch=job.batch,
             rationales=OWN if job.rationales == "own" else HUMAN,
+            verdict="Its gain is beyond chance" if gain and gain.low > 0 else "It gains nothing that can be measured",
+            gain=gain,
             scores=scores(found, pair, tuned),
             asked=len(found.store[tuned]["right"]),
             note=f" {note}" if note else "",

@@ -61,12 +61,20 @@ class Found:
             raise ValueError(f"{first.name} and {second.name} must have the same questions, but they differ.")
         return paired(one["right"][:asked], other["right"][:asked])
 
+    def asked(self, jobs: Evaluation | Sequence[Evaluation]) -> set[tuple[str, ...]]:
+        """Return the different lists of questions of finished evaluations."""
+        return {tuple(self.store[job]["ids"]) for job in ([jobs] if isinstance(jobs, Evaluation) else jobs)}
+
     def difference(
         self, first: Evaluation | Sequence[Evaluation], second: Evaluation | Sequence[Evaluation]
     ) -> Difference | None:
         """Return the first one's share of right answers minus the second one's; None unless both are finished."""
         one, other = self.right(first), self.right(second)
-        return None if one is None or other is None else difference(one, other)
+        if one is None or other is None:
+            return None
+        if len(self.asked(first) | self.asked(second)) > 1:
+            raise ValueError("The evaluations that are compared must have the same questions, but they differ.")
+        return difference(one, other)
 
 
 def complete(rows: Iterable[Sequence[object]]) -> list[list[object]]:

@@ -120,6 +120,7 @@ def check_published(root: Path) -> None:
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert re.search(r"\| SoftCoT, zero vectors \| [\d.]+ \[", card)
         assert "Work this out one step at a time" in card
+        assert re.search(r"\*\*: [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] points against the base alone", card)
         written = card + (folder / "adapter_config.json").read_text(encoding="utf-8")
         assert str(root) not in written
         assert f"local:heads{heads}" in written
