@@ -9,7 +9,7 @@ import torch
 from batches import new_tokens, supervised
 from oracle import Oracle
 from peft import PeftModel
-from tiny_pair import QUESTIONS, Pair
+from tiny_pair import QUESTIONS, RUN, Pair
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -56,6 +56,21 @@ class TestLine3WhatComesBack:
         whole = model(**batch).logits
         want = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
         torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, want, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("questions", [QUESTIONS[:1], QUESTIONS], ids=["one row", "rows"])
+    @pytest.mark.parametrize("run", [False, True], ids=["inserted", "run of thought_token"])
+    def test_generate_multiplies_the_head_once(self, pair: Pair, questions: list[str], run: bool) -> None:
+        """PyTorch multiplies a frozen head with a slice row by row, and on CPUs copies the head for each row."""
+        given: list[Tensor] = []
+        model = pair.model(**(RUN if run else {}))
+        head = model.get_base_model().get_output_embeddings()
+        head.register_forward_pre_hook(lambda head, args: given.append(args[0]))
+        texts = [question + "<thought>" * N for question in questions] if run else questions
+        model.generate(**pair.batch(texts, "left"), max_new_tokens=3)
+        assert len(given) == 3
+        for states in given:
+            assert states.shape[:2] == (len(questions), 1)
+            assert states.stride(0) == states.stride(1) * states.shape[1], "PyTorch does not fold these strides"
 
     def test_hidden_states_and_attentions_line_up(self, pair: Pair) -> None:
         model = pair.model()
