@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softcot_peft import SoftCoTConfig
 
 from . import rivals
-from .models import FIRST, Batch, Pair, attach, twin
+from .models import FIRST, Batch, Pair, as_loaded, attach, twin
 
 CHAINS = 4
 SOFTCOT, OWN, OWN_CACHED = rivals.SOFTCOT, "base as source", "base as source, cached thoughts"
@@ -70,4 +70,4 @@ def answers(pair: Pair, batch: Batch, new_tokens: int) -> dict[str, Callable[[],
     found = {name: partial(ask, model, ids, mask, **greedy) for name, model in models(pair, num).items()}
     plain = attach(pair, num)
     found[SAMPLES] = partial(ask, plain, ids, mask, do_sample=True, top_k=0, num_return_sequences=CHAINS)
-    return found | {name: partial(ask, twin(pair.base), *longer, **greedy) for name in (LONGER, LONGER_AGAIN)}
+    return found | {name: partial(ask, as_loaded(pair.base), *longer, **greedy) for name in (LONGER, LONGER_AGAIN)}

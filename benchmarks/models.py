@@ -88,6 +88,15 @@ def twin(model: M) -> M:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
+def as_loaded(model: M) -> M:
+    """As `twin`, with weights that are not frozen, as those of a base that was loaded to generate.
+
+    PyTorch multiplies a slice of the hidden states differently with a frozen head, much slower on CPUs.
+    """
+    weights = {id(weight): nn.Parameter(weight.data) for weight in model.parameters()}
+    return copy.deepcopy(model, weights | {id(buffer): buffer for buffer in model.buffers()})
+
+
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Create a tokenizer with a word for every id; the assistant reads ids, and rejects unknown ones."""
     words = {str(number): number for number in range(FIRST, vocabulary)}

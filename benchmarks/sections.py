@@ -12,7 +12,7 @@ import torch
 
 from . import answering, beyond, pretrained, rivals, starting
 from .memory import peak
-from .models import Batch, Pair, attach, make_batch, make_pair, projection_of, twin
+from .models import Batch, Pair, as_loaded, attach, make_batch, make_pair, projection_of
 from .rows import rows
 from .sizes import Case, Size
 from .timing import interleave, multiplications, own
@@ -123,11 +123,11 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     """
     size, device, num, eos = bench.size, bench.pair.device, bench.size.case.thoughts, bench.pair.eos
     questions = bench.questions(size.questions)
-    models = {rivals.SOFTCOT: attach(bench.pair, num), rivals.BASE: twin(bench.pair.base)}
+    models = {rivals.SOFTCOT: attach(bench.pair, num), rivals.BASE: as_loaded(bench.pair.base)}
     if not size.pretrained:
         models |= {rivals.PROMPT_TUNING: rivals.prompt_tuning(bench.pair, num), rivals.LORA: rivals.lora(bench.pair)}
     asks = {name: answering.called(model) for name, model in models.items()}
-    models[BARE] = twin(bench.pair.base)
+    models[BARE] = as_loaded(bench.pair.base)
     asks[BARE] = answering.bare(bench.pair, models[BARE], num)
     tokens = sum(length for _, length in questions)
     each = round(tokens / len(questions))
@@ -166,10 +166,10 @@ def generation(bench: Bench) -> dict[str, Any]:
     model = answering.disabled(bench.pair, num)
     asks = {
         rivals.SOFTCOT: answering.called(attach(bench.pair, num)),
-        BARE: answering.bare(bench.pair, twin(bench.pair.base), num),
+        BARE: answering.bare(bench.pair, as_loaded(bench.pair.base), num),
         DISABLED: answering.called(model),
-        rivals.BASE: answering.called(twin(bench.pair.base)),
-        BASE_AGAIN: answering.called(twin(bench.pair.base)),
+        rivals.BASE: answering.called(as_loaded(bench.pair.base)),
+        BASE_AGAIN: answering.called(as_loaded(bench.pair.base)),
     }
     batch = bench.batch(size.case)
     inputs = {name: batch.rows[name] for name in ("input_ids", "attention_mask")}
@@ -194,8 +194,8 @@ def generation(bench: Bench) -> dict[str, Any]:
         "forward": bench.time(
             {
                 DISABLED: forward(model),
-                rivals.BASE: forward(bench.pair.base),
-                BASE_AGAIN: forward(twin(bench.pair.base)),
+                rivals.BASE: forward(as_loaded(bench.pair.base)),
+                BASE_AGAIN: forward(as_loaded(bench.pair.base)),
             },
             "disabled forward",
         ),

@@ -26,7 +26,7 @@ from .passes.two_pass import TwoPassTraining
 from .passes.two_pass_trial import TwoPassTrial
 from .passes.whole import WholeRows
 from .publishing import CARD, UPLOAD, BareCard, upload
-from .rows.arguments import OWN_NAMES, pop_own, tokens
+from .rows.arguments import keep_columns, pop_own, tokens
 from .running import READING, RUNNING
 from .sources import ThoughtSource
 
@@ -96,16 +96,15 @@ class ThoughtHooks:
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Translate the caller's inputs into the base's; does nothing while adapters are disabled."""
+        """Translate the caller's inputs into the base's; changes no result while adapters are disabled."""
         source = self.host.layer.active_source()
         inputs = {**dict(zip(self.host.names, args, strict=False)), **kwargs} if args else kwargs.copy()
         if source is None:
             cache = find_cache(inputs)
             if cache is not None:
                 recall(cache, None, inputs)
-            if not any(name in kwargs for name in OWN_NAMES):
-                return None
             pop_own(kwargs)
+            keep_columns(kwargs)
             return args, kwargs
         running = self._choose(inputs, source)
         running.begin(inputs)

@@ -140,7 +140,8 @@ TRY_HEAD = (
 
 def summary(store: Store, sizes: Sizes) -> str:
     """Return the tables of what is finished, and the choices if all is."""
-    parts = [table(RATE_HEAD, rate_rows(store, sizes)), table(TRY_HEAD, try_rows(store, sizes))]
+    tables = (RATE_HEAD, rate_rows(store, sizes)), (TRY_HEAD, try_rows(store, sizes))
+    parts = [table(head, rows) for head, rows in tables if rows]
     try:
         rates = rates_of(store, sizes)
         name, training = best_try(store, rates, sizes)

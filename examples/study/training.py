@@ -101,17 +101,22 @@ def learn(system: Baseline, rows: Rows, steps: Sequence[Sequence[int]], training
     return history
 
 
-@torch.no_grad()
 def loss(system: Baseline, rows: Rows) -> float:
     """Return the mean loss per token of the responses.
 
-    SoftCoT computes it in training mode, where it makes no logits. The bases have no dropout.
+    SoftCoT computes it as in a training step, without logits, which it only does with gradients enabled; nothing runs
+    backward. The bases have no dropout.
     """
-    system.model.train(isinstance(system, SoftCoT))
+    softcot = isinstance(system, SoftCoT)
+    system.model.train(softcot)
     places = sorted(range(len(rows)), key=lambda place: len(rows[place][0]) + len(rows[place][1]))
-    found = [losses_of(system, [rows[place] for place in part]) for part in batches(places, MICRO)]
+    total, count = 0.0, 0
+    for part in batches(places, MICRO):
+        with torch.set_grad_enabled(softcot):
+            found, tokens = losses_of(system, [rows[place] for place in part])
+        total, count = total + float(found.detach()), count + tokens
     system.model.eval()
-    return float(sum(each for each, _ in found)) / sum(tokens for _, tokens in found)
+    return total / count
 
 
 def losses(system: Baseline, rows: Rows, mean: Tensor | None) -> dict[str, float]:

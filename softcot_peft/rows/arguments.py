@@ -26,14 +26,18 @@ def pop_own(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def tokens(inputs: dict[str, Any]) -> Tensor:
     """Return the ids `(B, L)` or embeddings `(B, L, H)` of a pass, whose shape gives its rows and columns."""
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(inputs.get(name), Tensor):
-            values: Tensor = inputs[name]
-            return values
-    raise ValueError(
-        "`input_ids` must be given, got none. Pass the tokenized prompts; an empty text has none in a pipeline, and "
-        "thoughts need a prompt before them."
-    )
+    found = _find_tokens(inputs)
+    if found is None:
+        raise ValueError(
+            "`input_ids` must be given, got none. Pass the tokenized prompts; an empty text has none in a pipeline, "
+            "and thoughts need a prompt before them."
+        )
+    return found
+
+
+def _find_tokens(inputs: dict[str, Any]) -> Tensor | None:
+    given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((values for values in given if isinstance(values, Tensor)), None)
 
 
 def is_padding_mask(mask: Any) -> bool:
@@ -65,7 +69,7 @@ def insert_thoughts(
     if not placement.inserted:
         if thoughts is not None:
             inputs["inputs_embeds"] = write_thoughts(inputs["inputs_embeds"], thoughts, here.start)
-        _keep_columns(inputs, length)
+        keep_columns(inputs)
         return None, False
     requested = _translate_logits_to_keep(inputs, here, length)
     mask = inputs.pop("attention_mask", None)
@@ -145,6 +149,24 @@ def shift_positions(inputs: dict[str, Any], placement: Placement, cache: Any, ta
         inputs["position_ids"] = positions(inputs["attention_mask"])[:, -length:]
 
 
+def keep_columns(inputs: dict[str, Any], inserted: int = 0) -> None:
+    """Replace a number in `logits_to_keep` by its columns on the CPU, for the same logits in less time.
+
+    The states that a number keeps are a slice, which is not contiguous. PyTorch (2.6 to 2.13) multiplies it with a
+    frozen head row by row, and on CPUs copies the head for each row: 8 s for 16 rows and a head of 136 M parameters
+    in bfloat16, instead of 0.03 s. Elsewhere nothing is copied, and the states may be on another device than the ids.
+
+    Args:
+        inputs: Arguments of a forward; the states of a single column are contiguous and need no change.
+        inserted: Number of thought positions that will be inserted into the columns.
+    """
+    keep, given = inputs.get("logits_to_keep"), _find_tokens(inputs)
+    if not isinstance(keep, int) or given is None or given.dim() == 1 or given.device.type != "cpu":
+        return
+    if 0 < keep < given.shape[1] + inserted:
+        inputs["logits_to_keep"] = torch.arange(-keep, 0)  # from the end: prompts may be cut off later
+
+
 def unshift(shift_labels: Tensor) -> Tensor:
     """Align labels `(B, L)` that are shifted one to the left with the ids; the first token has no label."""
     return torch.cat([torch.full_like(shift_labels[:, :1], IGNORED), shift_labels[:, :-1]], dim=1)
@@ -157,25 +179,13 @@ def _translate_logits_to_keep(inputs: dict[str, Any], placement: Placement, leng
         return None, False
     if isinstance(keep, int):
         if 0 < keep <= length - placement.latest + 1:  # all requested columns shift by N
-            _keep_columns(inputs, length + placement.num_thoughts)
+            keep_columns(inputs, placement.num_thoughts)
             return None, True
         keep = torch.arange(length, device=placement.start.device)[-keep:]
     keep = torch.where(keep < 0, keep + length, keep)
     # A column shifts by N only after the thoughts, which is different in each row: request the logits of both columns.
     inputs["logits_to_keep"] = torch.cat([keep, keep + placement.num_thoughts])
     return keep, False
-
-
-def _keep_columns(inputs: dict[str, Any], width: int) -> None:
-    """Replace a number in `logits_to_keep` by its columns, if the pass of `width` columns runs on the CPU.
-
-    The states of a number are a slice, which is not contiguous. PyTorch (2.6 to 2.13) multiplies it with a frozen head
-    row by row, and on CPUs copies the head for each row: 14 s for 16 rows of a head of 136 M parameters in bfloat16,
-    instead of 0.03 s. Elsewhere nothing is copied, and the states may be on another device than the ids.
-    """
-    keep, device = inputs.get("logits_to_keep"), tokens(inputs).device
-    if isinstance(keep, int) and 0 < keep <= width and device.type == "cpu":
-        inputs["logits_to_keep"] = torch.arange(-keep, 0, device=device)  # from the end: prompts may be cut off later
 
 
 def _placed_mask(mask: Any, placement: Placement, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -57,20 +58,22 @@ class TestLine3WhatComesBack:
         want = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
         torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, want, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("questions", [QUESTIONS[:1], QUESTIONS], ids=["one row", "rows"])
-    @pytest.mark.parametrize("run", [False, True], ids=["inserted", "run of thought_token"])
-    def test_generate_multiplies_the_head_once(self, pair: Pair, questions: list[str], run: bool) -> None:
+    @pytest.mark.parametrize("count", [1, 4], ids=["one row", "rows"])
+    @pytest.mark.parametrize("kind", ["inserted", "run of thought_token", "disabled", "base as source"])
+    def test_generate_multiplies_the_head_once(self, pair: Pair, kind: str, count: int) -> None:
         """PyTorch multiplies a frozen head with a slice row by row, and on CPUs copies the head for each row."""
+        own = {"thought_source": "base", "assistant_model_name_or_path": None}
+        model = pair.model(**{"run of thought_token": RUN, "base as source": own}.get(kind, {}))
+        texts = [text + "<thought>" * N * (kind == "run of thought_token") for text in QUESTIONS[:count]]
         given: list[Tensor] = []
-        model = pair.model(**(RUN if run else {}))
         head = model.get_base_model().get_output_embeddings()
-        head.register_forward_pre_hook(lambda head, args: given.append(args[0]))
-        texts = [question + "<thought>" * N for question in questions] if run else questions
-        model.generate(**pair.batch(texts, "left"), max_new_tokens=3)
-        assert len(given) == 3
+        with model.disable_adapter() if kind == "disabled" else nullcontext():
+            model.generate(**pair.batch(texts), max_new_tokens=1)  # tries what the base can do
+            head.register_forward_pre_hook(lambda head, args: given.append(args[0]))
+            model.generate(**pair.batch(texts), max_new_tokens=3)
+        assert [len(states) for states in given] == [count] * 3
         for states in given:
-            assert states.shape[:2] == (len(questions), 1)
-            assert states.stride(0) == states.stride(1) * states.shape[1], "PyTorch does not fold these strides"
+            assert states.stride(0) == states.stride(1) * states.shape[1], "PyTorch folds no other strides"
 
     def test_hidden_states_and_attentions_line_up(self, pair: Pair) -> None:
         model = pair.model()
