@@ -8,6 +8,8 @@ import sys
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -65,19 +67,23 @@ DRAFT: dict[str, Any] = {
 }
 # Types whose own vision model needs a package that is no dependency here (timm), and one that stands in for it.
 TOWERS = {"gemma3n": "siglip_vision_model"}
+DRAFTS = ("gemma4_assistant", "gemma4_unified_assistant")
 ENCODER_DECODERS = frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 STATES = "Mamba|Rwkv|xLSTM|Rglru|BambaMixer|FalconH1Mixer"
 SCALES = ("embedding_multiplier", "scale_emb", "scale_embedding", "embed_scale", "normalize_embedding")
 
-# Types that cannot be built from their own config, and how transformers says so (5.23).
+# Types that cannot be built from their own config, and how transformers says so (5.24).
 UNBUILDABLE = {
-    "gemma4_assistant": "The set of layer types producing a cache is different",  # all of its layers share
-    "gemma4_unified_assistant": "The set of layer types producing a cache is different",
     "musicgen": "has no attribute 'dropout'",  # the class wants the config of the decoder inside
     "musicgen_melody": "has no attribute 'dropout'",
 }
 # Types that are no decoder LMs, and how the package says so when an adapter is attached.
 REFUSED = {"xlm": "attend to later ones", "xlnet": "attend to later ones"}
+# Draft models, which can be built since transformers 5.24; before, all of their layers shared.
+if Version(transformers.__version__) >= Version("5.24"):
+    REFUSED |= dict.fromkeys(DRAFTS, "is a draft model")
+else:
+    UNBUILDABLE |= dict.fromkeys(DRAFTS, "The set of layer types producing a cache is different")
 # Types whose embedding is not given the ids of the call, and how the package says so in the first pass: CPM-Ant puts a
 # prompt of its own before them, Reformer pads them to its chunks.
 UNCARRIED = dict.fromkeys(("cpmant", "reformer"), "must write the thoughts, but was not run")
@@ -110,6 +116,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dory": {
+        "initializer_range": 0.3,  # that of the weights in `build`; scales are divided by it
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -267,7 +281,7 @@ def traits(model: PreTrainedModel, model_type: str) -> list[str]:
         "wrapper of a text model": type(config) is not type(model.config) or _has(model, "Vision|Audio"),
         "text model of a wrapper": not isinstance(model.config, CONFIG_MAPPING[model_type]),
         "encoder as decoder": is_switchable(model_type),
-        "decoder of an encoder-decoder": CONFIG_MAPPING[model_type]().is_encoder_decoder,
+        "decoder of an encoder-decoder": CONFIG_MAPPING[model_type].is_encoder_decoder,
         "learned or fixed positions": any(re.search(r"pos|wpe", name) for name in tables),
         "rotary": bool(fields.get("rope_parameters")) or "rotary_dim" in fields or _has(model, "Rotary"),
         "ALiBi": any("alibi" in name for name in names) and fields.get("alibi", True) is not False,
